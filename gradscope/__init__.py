@@ -1,0 +1,109 @@
+"""Gradient-flow diagnostics for PyTorch.
+
+A deep stack trains or dies by what happens to the gradient on its way from the loss to the first
+layer. gradscope shows it.
+
+Watch a model train; nothing else in the loop changes::
+
+    import gradscope
+
+    with gradscope.watch(model) as scope:
+        for batch in loader:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    scope.plot()                                   # depth against gradient
+
+Measure a model at initialisation, without a training loop::
+
+    record = gradscope.measure(make_model, batch, loss, replicates=5)
+
+Know things from what was measured. A `Record` is plain data: everything below works without torch,
+also on another machine::
+
+    record.save("run.jsonl")
+    record = gradscope.Record.load("run.jsonl")
+    record.to_pandas()                             # tidy, one row per value
+    gradscope.profile(record).mean_increment()     # nats per block, with a 95 % interval
+    gradscope.plot.depth({"run": record})
+    gradscope.plot.heatmap(record)
+
+Ask how much of the depth the gradient really sees::
+
+    gradscope.effective_depth(model, batch, loss)
+
+`gradscope.reference` holds small residual transformers with every placement of skip and norm. The
+command ``gradscope study`` measures and trains them and writes the pictures; ``gradscope show FILE``
+prints a Record's layers.
+
+What goes wrong on purpose is a `GradscopeError`, and its message says what to write; what is worth
+knowing while a model trains is a `GradscopeWarning`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from gradscope import reference as reference
+    from gradscope.analysis import Profile as Profile
+    from gradscope.analysis import profile as profile
+    from gradscope.errors import GradscopeError as GradscopeError
+    from gradscope.errors import GradscopeWarning as GradscopeWarning
+    from gradscope.experiment.effective_depth import EffectiveDepth as EffectiveDepth
+    from gradscope.experiment.effective_depth import effective_depth as effective_depth
+    from gradscope.experiment.measure import measure as measure
+    from gradscope.record import Record as Record
+    from gradscope.scope import Scope as Scope
+    from gradscope.scope import watch as watch
+    from gradscope.show import plots as plot
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EffectiveDepth",
+    "GradscopeError",
+    "GradscopeWarning",
+    "Profile",
+    "Record",
+    "Scope",
+    "effective_depth",
+    "measure",
+    "plot",
+    "profile",
+    "reference",
+    "watch",
+]
+
+# Where each public name lives: "module:attribute", or a module. Loaded at first use, so that
+# `import gradscope` costs nothing and a Record can be read and drawn where torch is not installed.
+_HOME: Final = {
+    "EffectiveDepth": "gradscope.experiment.effective_depth:EffectiveDepth",
+    "GradscopeError": "gradscope.errors:GradscopeError",
+    "GradscopeWarning": "gradscope.errors:GradscopeWarning",
+    "Profile": "gradscope.analysis:Profile",
+    "Record": "gradscope.record:Record",
+    "Scope": "gradscope.scope:Scope",
+    "effective_depth": "gradscope.experiment.effective_depth:effective_depth",
+    "measure": "gradscope.experiment.measure:measure",
+    "plot": "gradscope.show.plots",
+    "profile": "gradscope.analysis:profile",
+    "reference": "gradscope.reference",
+    "watch": "gradscope.scope:watch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gradscope' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    found = import_module(module)
+    found = getattr(found, attribute) if attribute else found
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,209 @@
+"""The command line: ``gradscope study``, ``gradscope show`` and ``gradscope --version``.
+
+Exit codes: 0 done; 2 wrong usage or input that cannot be used; 130 interrupted by Ctrl-C. Heavy
+imports wait until a command needs them, so that ``gradscope --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from gradscope import __version__
+from gradscope.errors import GradscopeError
+
+if TYPE_CHECKING:
+    from gradscope.record import Record
+
+__all__ = ["main"]
+
+EXIT_OK: Final = 0
+EXIT_BAD_INPUT: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+_STUDY = """\
+Measure what skip connections and norms do to the gradient over depth, on this machine.
+
+Two parts. At initialisation, in float64: every reference variant, several depths, five seeds.
+Then short training runs on real text with the watch on: learning rates are searched for each
+variant alike, and the best is run with three seeds. Everything is written to one folder:
+
+  study.md      what was found: text and tables computed from the data
+  *.png         the pictures
+  table.csv     the numbers, seed by seed
+  records/      every measurement, one Record per part (gradscope show FILE)
+
+The default takes about four minutes on two cores. Ctrl-C keeps what is finished, and the same
+command resumes. A changed setting or a changed version measures again what depends on it.
+"""
+
+_SHOW = """\
+Print the layers of a Record: gradient flow, activation variance, largest value, non-finite
+counts and parameter gradients over depth, at one step.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: the words after ``gradscope``; None for those of the process.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(_parser().parse_args(words), words)
+    except SystemExit as exit_request:  # argparse: help, version, wrong usage
+        return exit_request.code if isinstance(exit_request.code, int) else EXIT_BAD_INPUT
+    except GradscopeError as error:
+        print(f"gradscope: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"gradscope: {error.strerror or error}{where}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gradscope", description="Gradient-flow diagnostics for PyTorch.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"gradscope {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    study = commands.add_parser(
+        "study",
+        help="measure and train the reference transformers, and draw the pictures",
+        description=_STUDY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    study.add_argument(
+        "--out", type=Path, default=Path("figures"), metavar="DIR", help="write there (default: figures)"
+    )
+    study.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="train on this file, byte by byte (default: the language reference that ships with Python)",
+    )
+    study.add_argument(
+        "--jobs",
+        type=_positive,
+        metavar="N",
+        help="worker processes of one thread each (default: the number of cores)",
+    )
+    size = study.add_mutually_exclusive_group()
+    size.add_argument(
+        "--full",
+        action="store_const",
+        const="full",
+        dest="plan",
+        help="measure to 96 blocks and train up to 48, more variants, three seeds at every rate: "
+        "over an hour on two cores",
+    )
+    size.add_argument(
+        "--tiny",
+        action="store_const",
+        const="tiny",
+        dest="plan",
+        help="seconds instead of minutes, to see that everything works; its numbers mean nothing",
+    )
+    study.set_defaults(plan="default")
+
+    show = commands.add_parser(
+        "show",
+        help="print a Record's layers, or plot a quantity over depth",
+        description=_SHOW,
+        allow_abbrev=False,
+    )
+    show.add_argument("record", type=Path, metavar="RECORD", help="a Record file (JSON Lines)")
+    show.add_argument(
+        "--step", type=int, metavar="N", help="the step to show (default: the last that was recorded)"
+    )
+    show.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also plot a quantity over depth to this picture"
+    )
+    show.add_argument(
+        "--quantity",
+        metavar="NAME",
+        help="the quantity to plot, such as grad_l2 (the default), act_var or token_cosine; "
+        "a wrong name lists them all",
+    )
+    return parser
+
+
+def _positive(word: str) -> int:
+    try:
+        number = int(word)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number above 0")
+    return number
+
+
+def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
+    if options.command == "study":
+        return _study(options, words)
+    return _show(options)
+
+
+def _study(options: argparse.Namespace, words: Sequence[str]) -> int:
+    from gradscope.study import PLANS, run_study
+
+    again = shlex.join(["gradscope", *words])
+    run_study(PLANS[options.plan], options.out, text=options.text, jobs=options.jobs, again=again)
+    return EXIT_OK
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gradscope.errors import QuantityError
+    from gradscope.record import Record
+    from gradscope.show.terminal import layer_table
+
+    if options.quantity is not None and options.plot is None:
+        raise QuantityError("--quantity says what to plot: add --plot FILE.png")
+    record = Record.load(options.record)
+    Console().print(layer_table(record, step=options.step))
+    if options.plot is not None:
+        _plot(record, options)
+    return EXIT_OK
+
+
+def _plot(record: Record, options: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")  # a picture file needs no display
+    from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    from gradscope.errors import QuantityError
+    from gradscope.show import plots
+
+    supported = FigureCanvasBase.get_supported_filetypes()
+    if options.plot.suffix.lstrip(".").lower() not in supported:
+        raise QuantityError(
+            f"--plot {options.plot}: the name's ending says the format; pictures are written as "
+            f"{', '.join(sorted(supported))}."
+        )
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    plots.depth(record, options.quantity or "grad_l2", step=options.step, ax=axes)
+    figure.savefig(options.plot, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""From the samples of one step to its rows: statuses, depths, pooling over micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters, Readings
+from gradscope.layers import Layer
+from gradscope.record import STATISTICS, Rows, Step
+from gradscope.statistics import ACTIVATION, GRADIENT, Value, pool
+
+__all__ = ["Assembler", "Call", "Pass", "Slot", "TrunkPass"]
+
+_A: Final = len(ACTIVATION)
+_LINEAR: Final = ("l2", "mean", "absmax", "diff_next_l2")
+_QUADRATIC: Final = ("variance", "dot_next")
+_COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
+    ("output_grad", n) for n in GRADIENT
+)
+_STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in _COLUMNS])
+_UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
+PAIR: Final = ("dot_next", "diff_next_l2")
+LAST: Final = "not supported: the last position has no next"
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One output tensor of a call: its activation statistics, and its gradient's once it has come."""
+
+    site: int
+    values: list[Value]
+    absent: dict[int, str]
+    gradient: list[Value] | None = None
+    gradient_absent: dict[int, str] = field(default_factory=dict)
+    backward: int | None = None
+    repeated: bool = False
+    stream: bool = False
+    successor: Slot | None = None
+    trunk: TrunkPass | None = None
+    owner: Pass | None = None
+    error: str | None = None
+    handles: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a watched layer in one forward pass.
+
+    ``site`` is the layer's index, or -1 - t for the input of trunk t. ``block_call`` says during
+    which call of its block a branch ran. ``pending`` marks a call without gradient inside a forward
+    with: re-entrant checkpointing will run it again in the backward pass.
+    """
+
+    site: int
+    index: int
+    slots: list[Slot]
+    block_call: int = 0
+    pending: bool = False
+    unit_skip: bool | None = None
+    error: str | None = None
+
+    def primary(self) -> Slot | None:
+        """The first float tensor that received a gradient, else the first."""
+        for slot in self.slots:
+            if slot.gradient is not None:
+                return slot
+        return self.slots[0] if self.slots else None
+
+
+@dataclass(slots=True, eq=False)
+class TrunkPass:
+    """One trunk in one forward pass: its stream positions in forward order."""
+
+    calls: list[Call] = field(default_factory=list)
+    edges: list[Any] = field(default_factory=list)
+    branch_edges: dict[int, Any] = field(default_factory=dict)
+    input: Tensor | None = None
+    held_activation: tuple[Tensor, int, Slot] | None = None
+    held_gradient: tuple[Tensor, int, Slot] | None = None
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Pass:
+    """One forward pass and what came back through it."""
+
+    calls: list[Call] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    trunks: dict[str, TrunkPass] = field(default_factory=dict)
+    aliases: dict[int, tuple[Any, int, Slot]] = field(default_factory=dict)
+    root_open: bool = False
+    begun: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    loss: Tensor | float | None = None
+    scale: Tensor | float | None = None
+    valid: Tensor | None = None
+    error: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Forward came to its end, and every backward that began did too."""
+        return not self.root_open and self.begun <= self.ended
+
+
+@dataclass(slots=True)
+class Assembler:
+    """Turns the passes of a step into a `Step`; keeps the last row table to share it.
+
+    Attributes:
+        layers: the watched layers.
+        trunks: their trunks' names, in the order that negative sites count them.
+        parameters: the model's parameters.
+        wanted: the chosen statistics.
+        verified: for each branch site, whether the graph showed that its output is added.
+        compiled: sites inside a compiled module, which no hook can see.
+        refusal: a reason for which no value is right (many ranks), or None.
+    """
+
+    layers: Sequence[Layer]
+    trunks: tuple[str, ...]
+    parameters: Parameters
+    wanted: frozenset[str]
+    update: bool
+    verified: dict[int, bool] = field(default_factory=dict)
+    compiled: frozenset[int] = frozenset()
+    refusal: str | None = None
+    _signature: Any = None
+    _rows: Rows | None = None
+    _take: np.ndarray | None = None
+    _parameter_rows: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for i, entry in enumerate(self.parameters.entries):
+            self._parameter_rows.extend(
+                (i, signal, n)
+                for signal, names in (("param_grad", PARAM_GRAD), ("weight", WEIGHT), ("update", UPDATE))
+                for n in names
+                if n in self.wanted
+                and (STATISTICS[n].where != "packed" or entry.packing is not None)
+                and (signal != "update" or self.update)
+            )
+
+    def step(
+        self,
+        passes: Sequence[Pass],
+        readings: Readings | None,
+        *,
+        skipped: bool,
+        **fields: Any,
+    ) -> Step:
+        """One `Step` of the Record. The passes' samples are pooled as one batch."""
+        keys, calls = self._keys(passes)
+        places = self._places(passes)
+        value, why = self._samples(keys, calls, passes)
+        signature = (tuple(keys), tuple(places.items()))
+        if signature != self._signature:
+            self._signature = signature
+            self._rows, self._take = self._table(keys, places)
+        assert self._rows is not None and self._take is not None
+        parameter_value, parameter_why = self._parameter_values(readings)
+        if skipped:
+            # An overflow: the optimizer took no step, and the gradients are no one's gradients.
+            for row, column in np.ndindex(value.shape[0], len(GRADIENT)):
+                why[row, _A + column] = "skipped step"
+            for row in range(len(parameter_why)):
+                if self._parameter_rows[row][1] in ("param_grad", "update"):
+                    parameter_why[row] = "skipped step"
+        values = np.concatenate([value.reshape(-1)[self._take], np.asarray(parameter_value, dtype=float)])
+        words = np.concatenate([why.reshape(-1)[self._take], np.asarray(parameter_why, dtype=object)])
+        if self.refusal is not None:
+            words[:] = self.refusal
+        absent = {int(i): words[i] for i in np.flatnonzero(words != "")}
+        losses = [float(p.loss) for p in passes if p.loss is not None]
+        fields.setdefault("loss", sum(losses) / len(losses) if losses else None)
+        if readings is not None and readings.scale is not None:
+            fields.setdefault("loss_scale", float(readings.scale))
+        return Step.of(self._rows, values, absent, **fields)
+
+    # -- layers --------------------------------------------------------------------------------
+
+    def _keys(self, passes: Sequence[Pass]) -> tuple[list[tuple[int, int]], list[list[Call | None]]]:
+        """(site, call) pairs in row order, and for each the call in every pass."""
+        found: dict[tuple[int, int], list[Call | None]] = {}
+        for t in range(len(self.trunks)):
+            if any(p.trunks.get(self.trunks[t]) for p in passes):
+                found[-1 - t, 0] = [None] * len(passes)
+        counts = [max((p.counts.get(s, 0) for p in passes), default=0) for s in range(len(self.layers))]
+        for site, count in enumerate(counts):
+            for index in range(max(count, 1)):
+                found[site, index] = [None] * len(passes)
+        for n, p in enumerate(passes):
+            for call in p.calls:
+                found[call.site, call.index][n] = call
+        return list(found), list(found.values())
+
+    def _places(self, passes: Sequence[Pass]) -> dict[tuple[int, int], tuple[str, float]]:
+        """Trunk and depth of every (site, call) on the axis, from the first pass that has it."""
+        places: dict[tuple[int, int], tuple[str, float]] = {}
+        branches: dict[tuple[str, int], list[int]] = {}
+        for site, layer in enumerate(self.layers):
+            if layer.branch is not None and layer.block is not None and self.verified.get(site, False):
+                branches.setdefault((layer.trunk, layer.block), []).append(site)
+        block_site = {
+            (x.trunk, x.block): s for s, x in enumerate(self.layers) if x.block is not None and x.is_block
+        }
+        for p in passes:
+            for trunk, state in p.trunks.items():
+                blocks = [c for c in state.calls if c.site >= 0]
+                once = len({c.site for c in blocks}) == len(blocks)
+                for order, call in enumerate(blocks):
+                    block = self.layers[call.site].block
+                    # Blocks that a pass leaves out (LayerDrop) keep their depth; a block that is
+                    # called again has one depth per call, in forward order.
+                    depth = (block if once and block is not None else order) + 1.0
+                    places.setdefault((call.site, call.index), (trunk, depth))
+                places.setdefault((-1 - self.trunks.index(trunk), 0), (trunk, 0.0))
+            for call in p.calls:
+                layer = self.layers[call.site] if call.site >= 0 else None
+                if layer is None or layer.branch is None or layer.block is None:
+                    continue
+                siblings = branches.get((layer.trunk, layer.block), [])
+                parent = block_site.get((layer.trunk, layer.block))
+                if call.site in siblings:
+                    above = None if parent is None else places.get((parent, call.block_call))
+                    start = layer.block if parent is None else None if above is None else above[1] - 1
+                    if start is not None:
+                        share = (siblings.index(call.site) + 1) / len(siblings)
+                        places.setdefault((call.site, call.index), (layer.trunk, start + share))
+        for site, layer in enumerate(self.layers):
+            # A block that was not called in this step still has its place.
+            if layer.is_block and (site, 0) not in places and layer.block is not None:
+                places[site, 0] = (layer.trunk, layer.block + 1.0)
+        return places
+
+    def _samples(
+        self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Values [keys, columns] and statuses ("" for ok) of the same shape."""
+        _to_host(passes)
+        value = np.full((len(passes), len(keys), len(_COLUMNS)), np.nan)
+        why = np.full((len(keys), len(_COLUMNS)), "", dtype=object)
+        for k, (site, _) in enumerate(keys):
+            done = False
+            for n, call in enumerate(calls[k]):
+                slot = call.primary() if call is not None else None
+                if call is None:
+                    continue
+                error = call.error or passes[n].error
+                if slot is None or error:
+                    why[k, :] = error or "not supported: no floating-point output"
+                    done = True
+                    continue
+                done = True
+                value[n, k, :_A] = slot.values
+                for column, reason in slot.absent.items():
+                    why[k, column] = reason
+                if slot.stream:
+                    if call.unit_skip:
+                        value[n, k, _UNIT_SKIP] = 1.0
+                    elif slot.successor is not None:
+                        why[k, _UNIT_SKIP] = (
+                            "no unit skip"
+                            if call.unit_skip is False
+                            else "not supported: the graph between the positions is not visible"
+                        )
+                    else:
+                        why[k, _UNIT_SKIP] = LAST
+                reason = (
+                    slot.error
+                    if slot.error
+                    else "not supported: several backward passes through one forward"
+                    if slot.repeated
+                    else "no gradient path"
+                    if slot.gradient is None
+                    else ""
+                )
+                if reason:
+                    why[k, _A:] = reason
+                elif slot.gradient is not None:
+                    value[n, k, _A:] = _unscaled(slot.gradient, passes[n].scale)
+                    for column, reason in slot.gradient_absent.items():
+                        why[k, _A + column] = reason
+            if not done:
+                why[k, :] = "compiled" if site in self.compiled else "not called"
+        if len(passes) == 1:
+            return value[0], why
+        a = pool(ACTIVATION, value[..., :_A])
+        g = pool(GRADIENT, value[..., _A:])
+        return np.concatenate([a, g], axis=-1), why
+
+    def _table(
+        self, keys: list[tuple[int, int]], places: dict[tuple[int, int], tuple[str, float]]
+    ) -> tuple[Rows, np.ndarray]:
+        entries: list[tuple[str, float, str, str, int, str, str]] = []
+        take: list[int] = []
+        for k, (site, index) in enumerate(keys):
+            trunk, depth = places.get((site, index), ("", math.nan))
+            if site < 0:
+                first = next(x.name for x in self.layers if x.is_block and x.trunk == trunk)
+                name, kind, stream = first, "Stream", True
+            else:
+                layer = self.layers[site]
+                name, kind, stream = layer.name, layer.type, layer.is_block
+            for column, (signal, statistic) in enumerate(_COLUMNS):
+                if statistic in self.wanted and (stream or not _STREAM_COLUMN[column]):
+                    entries.append((trunk, depth, name, kind, index, signal, statistic))
+                    take.append(k * len(_COLUMNS) + column)
+        for i, signal, statistic in self._parameter_rows:
+            trunk, depth = self._parameter_place(i, places)
+            name = self.parameters.entries[i].name
+            entries.append((trunk, depth, name, "Parameter", 0, signal, statistic))
+        return Rows.of(entries), np.asarray(take, dtype=np.int64)
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    def _parameter_place(
+        self, i: int, places: dict[tuple[int, int], tuple[str, float]]
+    ) -> tuple[str, float]:
+        owner = self.parameters.entries[i].owner
+        sites = {x.name: s for s, x in enumerate(self.layers)}
+        while True:
+            site = sites.get(owner)
+            if site is not None and (site, 0) in places and places[site, 0][0]:
+                # A parameter used at several depths has none.
+                return ("", math.nan) if (site, 1) in places else places[site, 0]
+            if not owner:
+                return "", math.nan
+            owner = owner.rpartition(".")[0]
+
+    def _parameter_values(self, readings: Readings | None) -> tuple[list[float], list[str]]:
+        values: list[float] = []
+        why: list[str] = []
+        for i, signal, statistic in self._parameter_rows:
+            parameter = self.parameters.entries[i].tensor()
+            frozen = parameter is not None and not parameter.requires_grad
+            value: Value | None = None
+            if statistic == "count":
+                value = float(parameter.numel()) if parameter is not None else None
+                reason = "not called"
+            elif signal == "param_grad" and statistic == "l2_at_step":
+                value = readings.at_step.get(i) if readings is not None else None
+                reason = "frozen" if frozen else "not sampled"
+            elif signal == "param_grad":
+                reason = "frozen" if frozen else "no gradient path"
+                if readings is not None and readings.gradient:
+                    reason = readings.absent.get(i, "")
+                    if not reason:
+                        value = readings.gradient[statistic][i]
+                        if readings.scale is not None and statistic != "nonfinite":
+                            value = value / float(readings.scale)
+            elif signal == "weight":
+                value = readings.weight.get(i) if readings is not None else None
+                reason = "not sampled"
+            else:
+                value = readings.update.get(i) if readings is not None else None
+                reason = "frozen" if frozen else "not sampled"
+            values.append(math.nan if value is None else float(value))
+            why.append(reason if value is None else "")
+        return values, why
+
+
+def _unscaled(gradient: list[Value], scale: Tensor | float | None) -> list[float]:
+    if scale is None:
+        return gradient  # type: ignore[return-value]
+    by = float(scale)
+    return [
+        float(v) / by if n in _LINEAR else float(v) / by / by if n in _QUADRATIC else float(v)
+        for n, v in zip(GRADIENT, gradient, strict=True)
+    ]
+
+
+def _to_host(passes: Sequence[Pass]) -> None:
+    """Replace device scalars by floats, with one copy per device."""
+    waiting: dict[torch.device, list[tuple[list[Value], int, Tensor]]] = {}
+    for p in passes:
+        for call in p.calls:
+            for slot in call.slots:
+                for values in (slot.values, slot.gradient):
+                    if values is None:
+                        continue
+                    for i, v in enumerate(values):
+                        if type(v) is not float and isinstance(v, Tensor):
+                            waiting.setdefault(v.device, []).append((values, i, v))
+    for group in waiting.values():
+        host = torch.stack([v.double() for _, _, v in group]).tolist()
+        for (values, i, _), number in zip(group, host, strict=True):
+            values[i] = number

@@ -1,0 +1,83 @@
+"""What in a finished step is worth a warning: the first non-finite value, a layer that died."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from gradscope.record import SIGNALS, Rows, Step
+
+__all__ = ["Findings"]
+
+#: A layer whose gradient has been exactly zero since the start is zero by construction at first
+#: (behind a zero-initialised head, or LoRA's B); after so many recorded steps it is called dead.
+STEPS_BEFORE_DEAD: Final = 20
+# A layer's memory: it has had a gradient; otherwise the number of steps without one.
+_HAD_GRADIENT: Final = -1
+
+
+class Findings:
+    """Looks at each finished step; remembers which layers have had a gradient."""
+
+    def __init__(self) -> None:
+        self._history: dict[tuple[str, str, int], int] = {}
+        self._known: tuple[Rows, dict[str, dict[str, list[int]]]] | None = None
+
+    def of(self, step: Step) -> str | None:
+        """The step's finding in words, the graver first; None where there is nothing to say."""
+        dead = self._dead(step)
+        return _first_nonfinite(step, self._rows(step.rows, "nonfinite")) or dead
+
+    def _dead(self, step: Step) -> str | None:
+        rows = step.rows
+        dead: list[str] = []
+        for row in self._rows(rows, "l2")["output_grad"]:
+            if step.status[row]:
+                continue
+            key = (rows.layer[row], rows.type[row], int(rows.call[row]))
+            before = self._history.get(key, 0)
+            if step.value[row] != 0:
+                self._history[key] = _HAD_GRADIENT
+            elif before == _HAD_GRADIENT:
+                self._history[key] = STEPS_BEFORE_DEAD
+                dead.append(rows.layer[row])
+            else:
+                self._history[key] = before + 1
+                if before + 1 == STEPS_BEFORE_DEAD:
+                    dead.append(rows.layer[row])
+        if not dead:
+            return None
+        dead = list(dict.fromkeys(dead))
+        names = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+        return f"dead layer: the gradient at the output of {names} is exactly zero"
+
+    def _rows(self, rows: Rows, statistic: str) -> dict[str, list[int]]:
+        """Row numbers of one statistic by signal, remembered for the row table."""
+        if self._known is None or self._known[0] is not rows:
+            self._known = (rows, {})
+        known = self._known[1]
+        if statistic not in known:
+            found: dict[str, list[int]] = {s: [] for s in SIGNALS}
+            for i, (signal, name) in enumerate(zip(rows.signal, rows.statistic, strict=True)):
+                if name == statistic:
+                    found[signal].append(i)
+            known[statistic] = found
+        return known[statistic]
+
+
+def _first_nonfinite(step: Step, rows: Mapping[str, Sequence[int]]) -> str | None:
+    for signal, words in (
+        ("activation", "the activation of"),
+        ("output_grad", "the gradient at the output of"),
+        ("param_grad", "the gradient of"),
+    ):
+        at = [i for i in rows[signal] if step.value[i] > 0]
+        if at:
+            # Forward, the first layer is the culprit; backward, the one nearest to the loss.
+            first = at[-1] if signal == "output_grad" else at[0]
+            others = f", the first of {len(at)} such" if len(at) > 1 else ""
+            return (
+                f"non-finite: {words} {step.rows.layer[first]} holds {int(step.value[first])} NaN or "
+                f"infinite elements{others}"
+            )
+    return None

@@ -1,0 +1,172 @@
+"""What the autograd graph proves about a block: a unit skip, and which outputs are its branches.
+
+A graph edge is (node, input number), as `torch.autograd.graph.get_gradient_edge` gives it. These
+walks only read the graph; they hold nodes for the length of a forward pass at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+__all__ = ["Edge", "edge_of", "has_unit_skip", "is_branch", "sole_successors"]
+
+type_node = Any  # torch.autograd.graph.Node has no public constructor to annotate with
+Edge = tuple[type_node, int]
+
+_ADD: Final = "AddBackward0"
+# Operations that hand a gradient on element by element, unchanged.
+_RELABEL: Final = frozenset(
+    {
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "TransposeBackward0",
+        "PermuteBackward0",
+        "SqueezeBackward0",
+        "SqueezeBackward1",
+        "UnsqueezeBackward0",
+        "ToCopyBackward0",
+        "CloneBackward0",
+        "AliasBackward0",
+    }
+)
+_NORM: Final = frozenset(
+    {"NativeLayerNormBackward0", "FusedRmsNormBackward0", "NativeGroupNormBackward0"}
+)
+# A walk through a block's adds visits few nodes; a graph that needs more is not such a block.
+_MOST_NODES: Final = 2000
+
+
+def edge_of(tensor: Tensor) -> Edge | None:
+    """The graph edge of a tensor that has a history; None for a leaf or a constant."""
+    node = tensor.grad_fn
+    return None if node is None else (node, tensor.output_nr)
+
+
+def _next(edge: Edge) -> list[Edge]:
+    return [(n, i) for n, i in edge[0].next_functions if n is not None]
+
+
+def has_unit_skip(output: Edge, source: Edge) -> bool:
+    """Whether output = source + (something), with coefficient exactly 1, by adds alone.
+
+    Exactly one path of `AddBackward0` nodes with alpha = 1 leads from the output to the source: two
+    such paths would be 2 x, a path through any other node proves nothing.
+    """
+    paths = 0
+    stack = [output]
+    visited = 0
+    while stack and visited < _MOST_NODES:
+        edge = stack.pop()
+        visited += 1
+        if edge == source:
+            paths += 1
+            continue
+        if edge[0].name() != _ADD:
+            continue
+        for place, (node, number) in enumerate(edge[0].next_functions):
+            # alpha scales the second operand only.
+            if node is not None and (place == 0 or _alpha(edge[0]) == 1):
+                stack.append((node, number))
+            elif node is not None and (node, number) == source:
+                return False
+    return paths == 1 and not stack
+
+
+def _alpha(node: Any) -> float:
+    return getattr(node, "_saved_alpha", 1)
+
+
+def is_branch(branch: Edge, output: Edge, source: Edge) -> bool:
+    """Whether a module's output is added to the stream between a block's input and its output.
+
+    From the block's output, through adds, relabellings and norms, the walk must reach the branch
+    right behind an add (relabellings apart); and the branch must not itself carry the stream on:
+    no walk of the same kind leads from it to the block's input.
+    """
+    if branch == output or branch == source:
+        return False
+    stack: list[tuple[Edge, bool]] = [(output, False)]
+    seen: set[tuple[Edge, bool]] = set()
+    reached = False
+    while stack and len(seen) < _MOST_NODES:
+        edge, added = stack.pop()
+        if (edge, added) in seen:
+            continue
+        seen.add((edge, added))
+        if edge == branch:
+            reached = reached or added
+            continue
+        name = edge[0].name()
+        if name == _ADD:
+            stack.extend((e, True) for e in _next(edge))
+        elif name in _RELABEL:
+            stack.extend((e, added) for e in _next(edge))
+        elif name in _NORM:
+            stack.extend((e, False) for e in _next(edge)[:1])
+    return reached and not _carries(branch, source)
+
+
+def _carries(start: Edge, source: Edge) -> bool:
+    stack, seen = [start], set[Edge]()
+    while stack and len(seen) < _MOST_NODES:
+        edge = stack.pop()
+        if edge in seen:
+            continue
+        seen.add(edge)
+        if edge == source:
+            return True
+        name = edge[0].name()
+        if name == _ADD or name in _RELABEL:
+            stack.extend(_next(edge))
+        elif name in _NORM:
+            stack.extend(_next(edge)[:1])
+    return False
+
+
+def sole_successors(
+    outputs: Iterable[Edge], streams: Mapping[str, Sequence[Edge]]
+) -> dict[str, list[bool]]:
+    """For each stream position, whether the next position is its only consumer.
+
+    Walks the whole graph once, region by region: from the model's outputs back to the nearest
+    stream positions, and from each position back to the nearest ones before it. A position that is
+    reached from any region but that of its successor has another consumer.
+
+    Args:
+        outputs: edges of the model's outputs.
+        streams: by trunk, the edges of h_0 .. h_L in forward order.
+
+    Returns:
+        by trunk, one flag for each of h_0 .. h_{L-1}.
+    """
+    owner: dict[Edge, tuple[str, int]] = {}
+    for trunk, edges in streams.items():
+        for i, edge in enumerate(edges):
+            owner[edge] = (trunk, i)
+    sole = {trunk: [True] * max(len(edges) - 1, 0) for trunk, edges in streams.items()}
+
+    def region(starts: Iterable[Edge], successor: tuple[str, int] | None) -> None:
+        stack = list(starts)
+        seen: set[Edge] = set()
+        while stack:
+            edge = stack.pop()
+            if edge in seen:
+                continue
+            seen.add(edge)
+            place = owner.get(edge)
+            if place is not None:
+                trunk, i = place
+                if i < len(sole[trunk]) and successor != (trunk, i + 1):
+                    sole[trunk][i] = False
+                continue
+            stack.extend(_next(edge))
+
+    region(outputs, None)
+    for trunk, edges in streams.items():
+        for i, edge in enumerate(edges):
+            region(_next(edge), (trunk, i))
+    return sole

@@ -1,0 +1,155 @@
+"""Parameters as a recorder sees them: gradients before clipping and at the step, weights, updates."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from gradscope import statistics
+from gradscope.layers import named_layers
+from gradscope.record import STATISTICS
+from gradscope.statistics import Absent, Value
+
+__all__ = ["PARAM_GRAD", "UPDATE", "WEIGHT", "ParameterEntry", "Parameters"]
+
+PARAM_GRAD: Final = tuple(n for n, s in STATISTICS.items() if "param_grad" in s.signals)
+WEIGHT: Final = tuple(n for n, s in STATISTICS.items() if "weight" in s.signals)
+UPDATE: Final = tuple(n for n, s in STATISTICS.items() if "update" in s.signals)
+_THIRDS: Final = ("query_l2", "key_l2", "value_l2")
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterEntry:
+    """One parameter, found again at each reading through the module that owns it.
+
+    Attributes:
+        name: its clean name.
+        owner: the owning module's clean name.
+        attribute: its name in the owner.
+        module: weak reference to the owner.
+        packing: the axis along which query, key and value lie one after the other; None otherwise.
+    """
+
+    name: str
+    owner: str
+    attribute: str
+    module: weakref.ref[nn.Module]
+    packing: int | None
+
+    def tensor(self) -> Tensor | None:
+        """The parameter as it is now; None when it is gone."""
+        owner = self.module()
+        return None if owner is None else owner._parameters.get(self.attribute)
+
+
+@dataclass(slots=True)
+class Readings:
+    """What was read of the parameters in one step, by column; each list is parallel to the entries."""
+
+    gradient: dict[str, list[Value]] = field(default_factory=dict)
+    absent: dict[int, str] = field(default_factory=dict)
+    at_step: dict[int, Value] = field(default_factory=dict)
+    weight: dict[int, Value] = field(default_factory=dict)
+    update: dict[int, Value] = field(default_factory=dict)
+    scale: float | Tensor | None = None
+
+
+class Parameters:
+    """The parameters of a model, each once, by clean name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.entries: list[ParameterEntry] = []
+        seen: set[int] = set()
+        for owner, module in named_layers(model).items():
+            for attribute, parameter in module._parameters.items():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                self.entries.append(
+                    ParameterEntry(
+                        name=f"{owner}.{attribute}" if owner else attribute,
+                        owner=owner,
+                        attribute=attribute,
+                        module=weakref.ref(module),
+                        packing=_packing(module, attribute, parameter),
+                    )
+                )
+
+    def indices_of(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """Which entries this optimizer holds."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [i for i, e in enumerate(self.entries) if id(e.tensor()) in held]
+
+    def read_gradients(self, scale: float | Tensor | None) -> Readings:
+        """The norms of all ``.grad`` as they are now, or why there is none."""
+        readings = Readings(scale=scale)
+        count = len(self.entries)
+        values = {name: [math.nan] * count for name in PARAM_GRAD}
+        present: list[int] = []
+        gradients: list[Tensor] = []
+        for i, entry in enumerate(self.entries):
+            parameter = entry.tensor()
+            if parameter is None:
+                readings.absent[i] = "not called"
+                continue
+            values["count"][i] = float(parameter.numel())
+            gradient = parameter.grad
+            if not parameter.requires_grad:
+                readings.absent[i] = "frozen"
+            elif gradient is None:
+                readings.absent[i] = "no gradient path"
+            else:
+                present.append(i)
+                gradients.append(gradient)
+        readings.gradient = values  # type: ignore[assignment]
+        for i, gradient, norm in zip(present, gradients, statistics.norms(gradients), strict=True):
+            readings.gradient["l2"][i] = norm
+            bad = statistics.nonfinite(gradient, norm)
+            readings.gradient["nonfinite"][i] = math.nan if isinstance(bad, Absent) else bad
+            packing = self.entries[i].packing
+            if packing is not None and gradient.layout == torch.strided:
+                thirds = statistics.norms(gradient.chunk(3, packing))
+                for name, third in zip(_THIRDS, thirds, strict=True):
+                    readings.gradient[name][i] = third
+        return readings
+
+    def norms(self, indices: list[int], *, gradient: bool = False) -> dict[int, Value]:
+        """The norms of these parameters, or of their gradients where they have one."""
+        tensors: list[Tensor] = []
+        at: list[int] = []
+        for i in indices:
+            parameter = self.entries[i].tensor()
+            value = parameter if parameter is None or not gradient else parameter.grad
+            if value is not None:
+                at.append(i)
+                tensors.append(value)
+        return dict(zip(at, statistics.norms(tensors), strict=True))
+
+    def snapshot(self, indices: list[int]) -> dict[int, Tensor]:
+        """Copies of these parameters, to be compared and freed right after the optimizer's step."""
+        found = {i: self.entries[i].tensor() for i in indices}
+        return {i: p.detach().clone() for i, p in found.items() if p is not None and p.requires_grad}
+
+    def changes(self, before: dict[int, Tensor]) -> dict[int, Value]:
+        """Norms of the change of each parameter since its snapshot, which is used up."""
+        at: list[int] = []
+        for i in list(before):
+            now = self.entries[i].tensor()
+            if now is not None and now.shape == before[i].shape:
+                before[i].sub_(now.detach())
+                at.append(i)
+        return dict(zip(at, statistics.norms([before[i] for i in at]), strict=True))
+
+
+def _packing(module: nn.Module, attribute: str, parameter: Tensor) -> int | None:
+    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
+        return 0
+    # transformers' Conv1D keeps [in, out]; GPT-2's c_attn holds query, key and value side by side.
+    if type(module).__name__ == "Conv1D" and attribute == "weight" and parameter.dim() == 2:
+        return 1 if parameter.shape[1] == 3 * parameter.shape[0] else None
+    return None

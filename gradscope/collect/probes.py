@@ -1,0 +1,173 @@
+"""Hook objects, and what they may ask the autograd engine.
+
+A hook object holds a weak reference to its recorder and no tensor. It pickles and deep-copies to an
+inert callable of the standard library, so that a watched model can be saved, copied for an EMA, and
+loaded where gradscope is not installed; the copies are unwatched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gradscope.collect.recorder import Recorder, Slot
+
+__all__ = [
+    "BlockInputProbe",
+    "ForwardProbe",
+    "GradientProbe",
+    "RootEndProbe",
+    "RootStartProbe",
+    "after_backward",
+    "backward_id",
+    "first_tensor",
+    "in_transform",
+    "tensors_in",
+]
+
+_NO_BACKWARD: Final = -1
+
+
+def _inert() -> tuple[Any, tuple[Any, str]]:
+    # nullcontext.__exit__ takes any positional arguments, does nothing and returns None, which is
+    # what a hook must return to change nothing.
+    return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Probe:
+    __slots__ = ("_recorder", "site")
+
+    def __init__(self, recorder: Recorder, site: int = -1) -> None:
+        self._recorder = weakref.ref(recorder)
+        self.site = site
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        function, arguments = _inert()
+        return function(*arguments)
+
+
+class ForwardProbe(_Probe):
+    """Forward hook of a watched layer."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Hand the output to the recorder."""
+        recorder = self._recorder()
+        if recorder is not None and recorder.listening:
+            recorder.guarded(self.site, recorder.on_forward, self.site, args, kwargs, output)
+
+
+class BlockInputProbe(_Probe):
+    """Forward pre-hook of a block: the first one to run in a pass sees the trunk's input."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Hand the input to the recorder; what comes back replaces the arguments."""
+        recorder = self._recorder()
+        if recorder is not None and recorder.listening:
+            return recorder.guarded(self.site, recorder.on_block_input, self.site, args, kwargs)
+        return None
+
+
+class RootStartProbe(_Probe):
+    """Forward pre-hook of the watched model: where a step may begin."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Tell the recorder that a forward begins."""
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.guarded(-1, recorder.on_root_start, args, kwargs)
+
+
+class RootEndProbe(_Probe):
+    """Forward hook of the watched model: the forward came to its end."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Tell the recorder that a forward ended."""
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.guarded(-1, recorder.on_root_end, output)
+
+
+class GradientProbe(_Probe):
+    """Tensor hook on a watched output."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, recorder: Recorder, slot: Slot) -> None:
+        super().__init__(recorder, slot.site)
+        self.slot = slot
+
+    def __call__(self, grad: Tensor | None) -> None:
+        """Hand the gradient to the recorder."""
+        recorder = self._recorder()
+        if recorder is not None and grad is not None:
+            recorder.guarded(self.site, recorder.on_gradient, self.slot, grad)
+
+
+# -- the engine ------------------------------------------------------------------------------------
+
+
+def backward_id() -> int:
+    """The number of the backward pass this code runs in, or -1 outside of any."""
+    # Private, and the only source that is right under nested and re-entrant passes. Without it
+    # everything reads as "outside", and recomputation would be counted twice: refuse loudly instead.
+    return torch._C._current_graph_task_id()
+
+
+def after_backward(function: Any) -> None:
+    """Call a function at the end of the backward pass that runs now."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def in_transform() -> bool:
+    """Whether torch is tracing, compiling, or inside a functorch transform: nothing to measure."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+# -- structured outputs ----------------------------------------------------------------------------
+
+
+def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
+    """The floating-point tensors of a nested structure, in order; other objects are not entered."""
+    if isinstance(value, Tensor):
+        if (value.is_floating_point() or value.is_complex()) and value.device.type != "meta":
+            yield value
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name, None), depth - 1)
+
+
+def first_tensor(args: Any, kwargs: Any) -> Tensor | None:
+    """The primary input of a block: its first floating-point tensor of two or more axes."""
+    for source in (args, kwargs):
+        for tensor in tensors_in(source):
+            if tensor.dim() >= 2:
+                return tensor
+    return next(tensors_in(args), None)

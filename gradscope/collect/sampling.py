@@ -1,0 +1,283 @@
+"""Samples of one forward pass and of what comes back through it.
+
+The sampler is told which pass is open and what the hooks saw; it measures tensors at once, keeps
+scalars, and lets go of the tensors. What it does hold, and for how long, is documented in
+`gradscope.collect.assembly.TrunkPass`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor
+
+from gradscope import statistics
+from gradscope.collect import graph, probes
+from gradscope.collect.assembly import LAST, PAIR, Call, Pass, Slot, TrunkPass
+from gradscope.layers import Layer
+from gradscope.statistics import ACTIVATION, GRADIENT
+
+if TYPE_CHECKING:
+    from gradscope.collect.recorder import Recorder
+
+__all__ = ["Sampler"]
+
+_ACTIVATION_PAIR: Final = tuple(ACTIVATION.index(n) for n in PAIR)
+_GRADIENT_PAIR: Final = tuple(GRADIENT.index(n) for n in PAIR)
+
+
+class Sampler:
+    """Turns what hooks see into the calls and slots of a `Pass`.
+
+    Args:
+        recorder: told of gradients by the hooks that are put on tensors.
+        layers: the watched layers; sites are their indices.
+        trunks: names of the trunks that have watched blocks.
+        keep_input: whether slow steps keep the trunk's input for `input_cosine`.
+        input_gradient: make a float trunk input require grad (for models that nobody else uses).
+
+    Attributes:
+        slow: whether this step gets the slow statistics and the proofs on the graph.
+        verified: for each branch, whether the graph showed that its output is added to the stream.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        layers: Sequence[Layer],
+        trunks: Sequence[str],
+        *,
+        keep_input: bool,
+        input_gradient: bool,
+    ) -> None:
+        self._recorder = weakref.ref(recorder)
+        self._layers = layers
+        self._trunks = list(trunks)
+        self._keep_input = keep_input
+        self._input_gradient = input_gradient
+        self._proofs: dict[tuple[int, int], bool | None] = {}
+        self.slow = False
+        self.verified: dict[int, bool] = {}
+        block = {(x.trunk, x.block): s for s, x in enumerate(layers) if x.is_block}
+        self._block_of_branch = {
+            s: block.get((x.trunk, x.block)) for s, x in enumerate(layers) if x.branch is not None
+        }
+
+    # -- forward -------------------------------------------------------------------------------------
+
+    def block_input(
+        self, p: Pass, site: int, args: tuple[Any, ...], kwargs: dict[str, Any], *, grad_mode: bool
+    ) -> Any:
+        """A block is about to run: the first of its trunk in a pass sees the trunk's input h_0.
+
+        Returns:
+            new (args, kwargs) where the input was made to require grad, else None.
+        """
+        trunk = self._layers[site].trunk
+        if trunk in p.trunks:
+            return None
+        state = p.trunks[trunk] = TrunkPass()
+        source = probes.first_tensor(args, kwargs)
+        if source is None:
+            return None
+        changed = None
+        if self._input_gradient and grad_mode and not source.requires_grad:
+            replaced = source.detach().clone().requires_grad_(True)
+            changed = _replace(args, kwargs, source, replaced)
+            source = replaced
+        if self.slow and self._keep_input:
+            state.input = source.detach()
+        call = Call(-1 - self._trunks.index(trunk), 0, [])
+        call.slots.append(self._sample(site, source, p, state))
+        p.calls.append(call)
+        self._join_stream(call, source, state, None)
+        return changed
+
+    def output(
+        self,
+        p: Pass,
+        site: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+        *,
+        grad_mode: bool,
+    ) -> None:
+        """A watched layer has run."""
+        layer = self._layers[site]
+        block = self._block_of_branch.get(site)
+        call = Call(
+            site,
+            p.counts.get(site, 0),
+            [],
+            block_call=p.counts.get(block, 0) if block is not None else 0,
+            pending=not grad_mode,
+        )
+        p.counts[site] = call.index + 1
+        p.calls.append(call)
+        state = p.trunks.setdefault(layer.trunk, TrunkPass()) if layer.is_block else None
+        tensors = list(probes.tensors_in(output))
+        # One that carries gradient is wanted; without any, the first one's activation is.
+        carrying = [t for t in tensors if t.requires_grad] or tensors[:1]
+        for i, tensor in enumerate(carrying):
+            # The stream follows the primary tensor only.
+            call.slots.append(self._sample(site, tensor, p, state if i == 0 else None))
+        if not carrying:
+            return
+        if state is not None:
+            self._join_stream(call, carrying[0], state, probes.first_tensor(args, kwargs))
+        elif layer.branch is not None and self.slow and block is not None:
+            trunk = p.trunks.get(layer.trunk)
+            edge = graph.edge_of(carrying[0])
+            if trunk is not None and edge is not None:
+                trunk.branch_edges[site] = edge
+
+    def recomputed(self, p: Pass, site: int, output: Any) -> None:
+        """A forward inside a backward: recomputation, which is never a second sample.
+
+        Under re-entrant checkpointing the first forward ran without grad, and only the recomputed
+        tensors carry gradient: they take the hooks.
+        """
+        waiting = [c for c in p.calls if c.site == site and c.pending]
+        tensors = [t for t in probes.tensors_in(output) if t.requires_grad]
+        if not waiting or not tensors:
+            return
+        call = waiting[-1]  # the backward pass recomputes the last call first
+        call.pending = False
+        for tensor, slot in zip(tensors, call.slots, strict=False):
+            self._hook(tensor, slot)
+
+    def _sample(self, site: int, tensor: Tensor, p: Pass, state: TrunkPass | None) -> Slot:
+        """Measure a tensor now and put a hook on it for its gradient."""
+        known = p.aliases.get(id(tensor))
+        if state is None and known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2]
+        layer = self._layers[site]
+        values, absent = statistics.measure(
+            tensor,
+            ACTIVATION,
+            feature_axis=_feature_axis(layer, tensor),
+            token_axis=layer.token_axis,
+            valid=p.valid,
+            input=state.input if state is not None else None,
+            slow=self.slow,
+            stream=state is not None,
+        )
+        slot = Slot(site, values, absent, stream=state is not None, trunk=state, owner=p)
+        if tensor.requires_grad:
+            self._hook(tensor, slot)
+        p.aliases[id(tensor)] = (weakref.ref(tensor), tensor._version, slot)
+        return slot
+
+    def _hook(self, tensor: Tensor, slot: Slot) -> None:
+        recorder = self._recorder()
+        if recorder is None:
+            return
+        handle = tensor.register_hook(probes.GradientProbe(recorder, slot))
+        if tensor.is_leaf:
+            slot.handles.append(handle)  # a leaf outlives its graph, and its hook would too
+
+    # -- the stream ----------------------------------------------------------------------------------
+
+    def _join_stream(self, call: Call, tensor: Tensor, state: TrunkPass, source: Tensor | None) -> None:
+        """Put a call on the trunk's stream: the pair with the position before it, and its proofs."""
+        slot = call.slots[0]
+        held, state.held_activation = state.held_activation, None
+        previous = state.calls[-1] if state.calls else None
+        slot.absent.update(dict.fromkeys(_ACTIVATION_PAIR, LAST))
+        if held is not None:
+            before, version, earlier = held
+            earlier.successor = slot
+            for column in _ACTIVATION_PAIR:
+                del earlier.absent[column]
+            if before.shape != tensor.shape:
+                earlier.absent.update(dict.fromkeys(_ACTIVATION_PAIR, "not supported: the width changes"))
+            elif before._version != version:
+                earlier.absent.update(dict.fromkeys(_ACTIVATION_PAIR, "not supported: modified in place"))
+            else:
+                dot, difference = _ACTIVATION_PAIR
+                earlier.values[dot] = statistics.inner_product(before, tensor)
+                earlier.values[difference] = statistics.difference_norm(before, tensor)
+        state.calls.append(call)
+        state.held_activation = (tensor.detach(), tensor._version, slot)
+        if self.slow:
+            self._prove(call, graph.edge_of(tensor), previous, source, state)
+        elif previous is not None:
+            previous.unit_skip = self._proofs.get((call.site, call.index))
+
+    def _prove(
+        self, call: Call, edge: Any, previous: Call | None, source: Tensor | None, state: TrunkPass
+    ) -> None:
+        if previous is not None:
+            before = state.edges[-1]
+            read = graph.edge_of(source) if source is not None else None
+            if edge is None or before is None or read is None:
+                previous.unit_skip = None
+            else:
+                previous.unit_skip = before == read and graph.has_unit_skip(edge, before)
+                for site, branch in state.branch_edges.items():
+                    self.verified[site] = graph.is_branch(branch, edge, read)
+            self._proofs[call.site, call.index] = previous.unit_skip
+        state.branch_edges = {}
+        state.edges.append(edge)
+
+    def prove_sole_consumers(self, p: Pass, output: Any) -> None:
+        """Withdraw the unit skip of positions that something besides the next block reads."""
+        streams = {t: list(s.edges) for t, s in p.trunks.items() if s.edges and None not in s.edges}
+        outputs = [e for t in probes.tensors_in(output) if (e := graph.edge_of(t)) is not None]
+        for trunk, flags in graph.sole_successors(outputs, streams).items():
+            calls = p.trunks[trunk].calls
+            for call, after, sole in zip(calls, calls[1:], flags, strict=False):
+                if call.unit_skip and not sole:
+                    call.unit_skip = self._proofs[after.site, after.index] = False
+
+    # -- backward ------------------------------------------------------------------------------------
+
+    def gradient(self, slot: Slot, grad: Tensor, p: Pass, backward: int) -> None:
+        """The gradient with respect to a sampled tensor has come."""
+        if slot.backward is not None:
+            slot.repeated = slot.repeated or slot.backward != backward
+            return
+        slot.backward = backward
+        layer = self._layers[slot.site]
+        slot.gradient, slot.gradient_absent = statistics.measure(
+            grad,
+            GRADIENT,
+            feature_axis=_feature_axis(layer, grad),
+            token_axis=layer.token_axis,
+            valid=p.valid,
+            slow=self.slow,
+            stream=slot.stream,
+        )
+        state = slot.trunk
+        if not slot.stream or state is None:
+            return
+        held, state.held_gradient = state.held_gradient, (grad.detach(), grad._version, slot)
+        if slot.successor is None:
+            reason = LAST
+        elif held is None or held[2] is not slot.successor or slot.successor.backward != backward:
+            reason = "not supported: the next position's gradient did not come just before"
+        elif held[0].shape != grad.shape:
+            reason = "not supported: the width changes"
+        elif held[0]._version != held[1]:
+            reason = "not supported: modified in place"
+        else:
+            dot, difference = _GRADIENT_PAIR
+            slot.gradient[dot] = statistics.inner_product(grad, held[0])
+            slot.gradient[difference] = statistics.difference_norm(grad, held[0])
+            return
+        slot.gradient_absent.update(dict.fromkeys(_GRADIENT_PAIR, reason))
+
+
+def _feature_axis(layer: Layer, tensor: Tensor) -> int:
+    # A pooling or norm layer on [batch, features] has its features last, as everything else.
+    return layer.feature_axis if tensor.dim() >= 3 else -1
+
+
+def _replace(args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor) -> Any:
+    return (
+        tuple(new if a is old else a for a in args),
+        {k: new if v is old else v for k, v in kwargs.items()},
+    )

@@ -1,0 +1,66 @@
+"""The setting of a watch: what its header says of model and machine, and where no hook can see."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradscope.layers import Layer, named_layers
+
+__all__ = ["compiled_sites", "describe", "refusal"]
+
+
+def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
+    """The entries of a Record's header that model and machine determine."""
+    import gradscope
+
+    parameters = list(model.parameters())
+    blocks: dict[str, int] = {}
+    for layer in layers:
+        if layer.is_block:
+            blocks[layer.trunk] = blocks.get(layer.trunk, 0) + 1
+    return {
+        "model": type(model).__name__,
+        "versions": {
+            "gradscope": gradscope.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or None,
+        "device": ", ".join(sorted({p.device.type for p in parameters})) or None,
+        "parallelism": "single process" if refusal() is None else "several processes",
+        "seeds": {"torch": torch.initial_seed()},
+        "mode": "train" if model.training else "eval",
+        "loss_denominator": None,
+        "replicates": "run",
+        # There is no getter: the smallest subnormal survives a product with one, or it does not.
+        "flush_denormal": bool(torch.tensor(1e-45).mul(torch.ones(())).item() == 0.0),
+        "trunks": blocks,
+    }
+
+
+def refusal() -> str | None:
+    """The status of every value where one process sees only its share; None in a single process."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return "local"  # nothing is reduced over ranks: one rank's value is not the value
+    return None
+
+
+def compiled_sites(model: nn.Module, layers: Sequence[Layer]) -> frozenset[int]:
+    """The watched layers that lie inside a compiled module."""
+    modules = named_layers(model)
+    roots: list[nn.Module] = []
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule":
+            roots.extend(m for n, m in module._modules.items() if n == "_orig_mod" and m is not None)
+        elif getattr(module, "_compiled_call_impl", None) is not None:
+            roots.append(module)
+    inside = {id(m) for root in roots for m in root.modules()}
+    return frozenset(s for s, layer in enumerate(layers) if id(modules[layer.name]) in inside)

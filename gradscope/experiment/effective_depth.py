@@ -1,0 +1,689 @@
+r"""Effective depth D: how many branches the gradient crosses, on average, on its way to the input.
+
+Multiply the backward signal of every residual branch by t. The gradient at the trunk's input is then
+a polynomial, g(t) = Σ_k t^k c_k, and c_k is the sum over all paths that cross exactly k branches
+(the paths of Veit et al. 2016, arXiv:1605.06431, each with its exact gradient). With g = g(1),
+
+    D = d ln‖g(t)‖ / d ln t at t = 1 = Σ_k k ⟨c_k, g⟩ / ‖g‖² = Σ_i (1 − ⟨g, g_without_i⟩ / ‖g‖²).
+
+D is 0 for the identity, n for a chain of n branches without skips, and additive over branches. The
+weights ⟨c_k, g⟩/‖g‖² sum to 1 but may be negative, so D may leave [0, n]. It says how deep a model
+*is* for its gradient; it is no quality score.
+
+**How it is computed.** The batch is copied twice, and the backward pass carries the pair (g, ġ), with
+ġ = dg/dt: every branch output maps it to (g, ġ + g), and ġ starts from 0 at the end of the trunk. So
+D = ⟨g, ġ⟩/‖g‖² from one pass, exact to rounding, without sampling or finite differences.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from gradscope.collect.probes import tensors_in
+from gradscope.errors import LayerError, MeasureError
+from gradscope.layers import named_layers, select
+
+__all__ = ["Checks", "EffectiveDepth", "effective_depth"]
+
+#: Largest relative difference that counts as rounding, by the dtype of the stream.
+TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """What was verified in the same run; both are 0 up to rounding, or the result is refused.
+
+    Attributes:
+        copies_difference: the largest difference between the two copies' forward values, over all
+            branch outputs and the trunk's end, relative to the largest value there.
+        untagged_difference: ‖a − c·u‖/‖a‖ with a the first copy's gradient, u the gradient of an
+            ordinary run without copies and tags, and c the one factor by which the loss's reduction
+            sees a doubled batch (1/2 for a mean, 1 for a sum).
+    """
+
+    copies_difference: float
+    untagged_difference: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EffectiveDepth:
+    """Effective depth D of one model on one batch.
+
+    Attributes:
+        value: D, in branches; NaN where `status` is not ``ok``.
+        branches: n, the number of calls of residual branches in one forward pass.
+        per_sample: D of each sample by its own gradient, [B] float64; NaN where that gradient is 0.
+            The value above weighs the samples by ‖g_b‖².
+        reading_point: where g was read.
+        gradient_l2: ‖g‖ there, of the loss as given on the batch as given.
+        method: ``gradient``.
+        checks: what was verified.
+        status: ``ok``, or why there is no value.
+    """
+
+    value: float
+    branches: int
+    per_sample: npt.NDArray[np.float64]
+    reading_point: str
+    gradient_l2: float
+    method: str = "gradient"
+    checks: Checks
+    status: str = "ok"
+
+    def __str__(self) -> str:
+        if self.status != "ok":
+            return f"no effective depth at the {self.reading_point}: {self.status}"
+        return f"effective depth {self.value:.4g} of {self.branches} branches at the {self.reading_point}"
+
+
+def effective_depth(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    branches: str | Sequence[str] | None = None,
+    batch_dim: int = 0,
+) -> EffectiveDepth:
+    """Effective depth D of a model whose residual branches are known.
+
+    D = Σ_k k ⟨c_k, g⟩/‖g‖², in branches, with g the gradient at the trunk's input h_0 (the first
+    tensor of the first block's arguments) and c_k its part along all paths that cross exactly k
+    branches. Computed exactly by a backward pass over two copies of the batch, and checked against
+    an ordinary one; together about 2.3 times the cost of one forward and backward pass.
+
+    The model is left alone: a copy that shares its parameters is run, no ``.grad`` is written, and
+    the random state is restored. Hooks of yours run in the copy too.
+
+    Args:
+        model: the model, in the mode in which it is to be measured, usually ``model.eval()``.
+        batch: tensors, or nested tuples, lists and mappings of them. Tensors without dimensions and
+            things that are no tensors are passed on as they are; all others are copied.
+        loss: ``loss(model, batch)`` → scalar tensor. It must call the model that it is given. None: ``model(**batch).loss``.
+        branches: names, or globs, of the modules whose outputs are added to the stream, such as
+            ``["blocks.*.attention", "blocks.*.mlp"]``; in a stack without skips, the layers. **You
+            vouch for them**: a module whose output is something else (one that adds the skip itself,
+            say) gives a number that means nothing. None: the model says them itself, in an attribute
+            ``branches`` (a tuple of names), as `gradscope.reference.Transformer` does. The blocks
+            are the numbered modules that hold the branches.
+        batch_dim: the dimension of the batch's tensors along which the samples lie.
+
+    Returns:
+        D, with D per sample, the reading point and what was checked. With a gradient of exactly 0, or
+        one that is not finite, D is absent: NaN, with the reason in ``status``.
+
+    Raises:
+        MeasureError: the branches are not known; the samples influence each other or are treated at
+            random (BatchNorm on batch statistics, active dropout, a loss that sees the copies of a
+            sample as others), so that the copied batch is another experiment; the stream is neither
+            float32 nor float64; or a check failed.
+        LayerError: a pattern matches no module.
+
+    >>> from gradscope import reference
+    >>> model = reference.Transformer("no_skip", depth=3).double()
+    >>> tokens = torch.randint(256, (4, 17))
+    >>> depth = effective_depth(model, (tokens[:, :-1], tokens[:, 1:]), reference.next_token_loss)
+    >>> print(depth)
+    effective depth 6 of 6 branches at the input of blocks.0
+    """
+    model = _unwrapped(model)
+    names = _branch_names(model, branches)
+    blocks = _blocks(names)
+    _refuse_coupled_samples(model)
+    if loss is None:
+        if not isinstance(batch, Mapping):
+            raise MeasureError(
+                f"Without loss=, model(**batch).loss is called, and the batch is no mapping but a "
+                f"{type(batch).__name__}. Write loss=lambda model, batch: ..., returning a scalar tensor."
+            )
+        loss = _own_loss
+    with _undisturbed(model):
+        single, doubled = _copies(batch, batch_dim)
+        twin = _copy(model)
+        plain = _Pass(twin, names, blocks, None)
+        untagged = plain.gradient(loss, single)
+        if untagged is None:
+            raise MeasureError(
+                f"No gradient path from the loss to the input of {plain.first_block}: something between "
+                "them is detached, or runs under no_grad."
+            )
+        size, absent = untagged.numel(), ""
+        if not size or not torch.isfinite(untagged).all():
+            absent = "the gradient there is not finite" if size else "the tensor there is empty"
+        elif not untagged.any():
+            absent = "the gradient there is exactly 0 (a zero by construction, or underflow)"
+        if absent:
+            return EffectiveDepth(
+                value=math.nan,
+                branches=len(plain.calls),
+                per_sample=_frozen(np.full(0, math.nan)),
+                reading_point=f"input of {plain.first_block}",
+                gradient_l2=_norm(untagged),
+                checks=Checks(copies_difference=math.nan, untagged_difference=math.nan),
+                status=absent,
+            )
+        tagged = _Pass(twin, names, blocks, plain)
+        both = tagged.gradient(loss, doubled)
+    assert both is not None  # the same graph as in the plain pass, and that had a gradient
+    return _result(plain, tagged, untagged, both)
+
+
+def _result(plain: _Pass, tagged: _Pass, untagged: Tensor, both: Tensor) -> EffectiveDepth:
+    tolerance = TOLERANCE[untagged.dtype]
+    difference = tagged.copies_difference()
+    if not difference <= tolerance:
+        raise MeasureError(
+            f"Two copies of the same samples gave different values in the forward pass (relative "
+            f"{difference:.1e}, allowed {tolerance:.0e}): the samples of a batch influence each other, "
+            "or something random is active. Write model.eval(), and use a model without batch "
+            "statistics, expert capacity limits and random layers."
+        )
+    # Float64 on the host, scaled to 1: the norm's square of a vanished gradient would underflow.
+    dim = tagged.input_dim
+    u = _unit(untagged)
+    first, second = both.double().cpu().chunk(2, dim)
+    largest = first.abs().amax()
+    a, b = first / largest, second / largest
+    factor = torch.sum(a * u) / torch.sum(u * u)
+    off = float(torch.sum((a - factor * u) ** 2).sqrt() / torch.sum(a * a).sqrt())
+    if not (off <= tolerance and factor > 0):
+        raise MeasureError(
+            f"The copied batch has another gradient than the batch itself (relative difference "
+            f"{off:.1e}, allowed {tolerance:.0e} in {str(untagged.dtype).removeprefix('torch.')}): the "
+            "loss compares samples with each other, or weighs them by their place in the batch, or the "
+            "gradient is too small for its dtype. Write a loss that is a mean or a sum over samples; for "
+            "the dtype, model.double()."
+        )
+    products = (a * b).movedim(dim, 0).flatten(1).sum(1).numpy()
+    squares = (a * a).movedim(dim, 0).flatten(1).sum(1).numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        per_sample = np.where(squares > 0, products / squares, math.nan)
+    return EffectiveDepth(
+        value=float(products.sum() / squares.sum()),
+        branches=len(plain.calls),
+        per_sample=_frozen(per_sample),
+        reading_point=f"input of {plain.first_block}",
+        gradient_l2=_norm(untagged),
+        checks=Checks(copies_difference=difference, untagged_difference=off),
+    )
+
+
+# -- the two passes ------------------------------------------------------------------------
+
+
+class _BranchTag(torch.autograd.Function):
+    """Identity on a branch output whose backward maps the copies' (g, ġ) to (g, ġ + g)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        return x.clone()  # not a view: what follows may be an in-place operation
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        g, dot = grads[0].chunk(2, ctx.dim)
+        return torch.cat((g, dot + g), ctx.dim), None
+
+
+class _TrunkEnd(torch.autograd.Function):
+    """Identity on the trunk's last tensor whose backward maps the copies' (g, g) to (g, 0)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        g, _ = grads[0].chunk(2, ctx.dim)
+        return torch.cat((g, torch.zeros_like(g)), ctx.dim), None
+
+
+class _Pass:
+    """One forward and backward pass: of the batch itself, or of its two copies with tags.
+
+    The pass of the copies follows the ``plain`` one: which dimension of an inner tensor holds the
+    copies is the one that doubled against it, and which call of a block is the last is known from it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        branches: tuple[str, ...],
+        blocks: Mapping[str, str],
+        plain: _Pass | None,
+    ) -> None:
+        self.model = model
+        self.branches = branches
+        self.blocks = blocks
+        self.plain = plain
+        self.first_block = ""
+        self.input_shape = torch.Size()
+        self.input_dim = 0
+        self.calls: list[tuple[str, torch.Size]] = []
+        self.block_shapes: list[torch.Size] = []
+        self._input: GradientEdge | None = None
+        self._end: Node | None = None
+        self._differences: list[Tensor] = []
+        self._open = True
+
+    def gradient(self, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor | None:
+        """The gradient of the loss at the trunk's input, or None where no path leads there."""
+        modules = named_layers(self.model)
+        with ExitStack() as hooks:
+            for block in dict.fromkeys(self.blocks.values()):
+                hooks.callback(
+                    modules[block].register_forward_pre_hook(self._enter(block), with_kwargs=True).remove
+                )
+            # A branch may be its own block: its tag must come before the trunk's end.
+            for name in self.branches:
+                hooks.callback(modules[name].register_forward_hook(self._branch(name)).remove)
+            for block in dict.fromkeys(self.blocks.values()):
+                hooks.callback(modules[block].register_forward_hook(self._leave).remove)
+            value = loss(self.model, batch)
+            self._open = False  # recomputation in the backward pass is not another call
+            self._check_loss(value)
+            self._check_calls()
+            assert self._input is not None
+            if self.plain is not None:
+                self._check_no_way_past_the_end(value)
+            if not value.requires_grad:
+                return None
+            try:
+                return torch.autograd.grad(value, (self._input,), allow_unused=True)[0]
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise MeasureError(
+                    "The model checkpoints activations with use_reentrant=True, which hides its graph. "
+                    "Write use_reentrant=False, or turn checkpointing off for the measurement."
+                ) from error
+
+    def copies_difference(self) -> float:
+        """The largest relative difference between the copies' forward values."""
+        return float(torch.stack([d.cpu() for d in self._differences]).amax())
+
+    def _enter(self, block: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._input is not None or not self._open:
+                return None
+            h = _first_float((args, kwargs))
+            if h is None:
+                raise MeasureError(f"{block} was called without a float tensor: no gradient can be read.")
+            if h.dtype not in TOLERANCE:
+                raise MeasureError(_half(f"the input of {block}", h.dtype))
+            self.first_block, self.input_shape = block, h.shape
+            if self.plain is not None:
+                self.input_dim = _doubled_dim(f"the input of {block}", self.plain.input_shape, h.shape)
+            if h.requires_grad:
+                self._input = get_gradient_edge(h)
+                return None
+            leaf = h.detach().requires_grad_()
+            self._input = get_gradient_edge(leaf)
+            return _replaced((args, kwargs), h, leaf.clone())  # a leaf allows no in-place operation
+
+        return hook
+
+    def _branch(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not self._open:
+                return None
+            value = _first_float(output)
+            if value is None:
+                raise MeasureError(f"The branch {name} returned no float tensor.")
+            self.calls.append((name, value.shape))
+            if self.plain is None:
+                if value.dtype not in TOLERANCE:
+                    raise MeasureError(_half(f"the output of the branch {name}", value.dtype))
+                return None
+            if len(self.calls) > len(self.plain.calls):
+                return None  # reported after the pass
+            expected = self.plain.calls[len(self.calls) - 1][1]
+            return self._tag(_BranchTag, f"the output of the branch {name}", expected, output, value)[0]
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        value = _first_float(output)
+        if not self._open or value is None:
+            return None
+        self.block_shapes.append(value.shape)
+        if self.plain is None or len(self.block_shapes) != len(self.plain.block_shapes):
+            return None
+        shape = self.plain.block_shapes[-1]
+        output, tagged = self._tag(_TrunkEnd, "the end of the trunk", shape, output, value)
+        self._end = tagged.grad_fn
+        return output
+
+    def _tag(
+        self,
+        tag: type[torch.autograd.Function],
+        where: str,
+        shape: torch.Size,
+        output: Any,
+        value: Tensor,
+    ) -> tuple[Any, Tensor]:
+        dim = _doubled_dim(where, shape, value.shape)
+        first, second = value.detach().chunk(2, dim)
+        if first.numel():
+            largest = first.abs().amax().double()
+            off = (first - second).abs().amax().double()
+            self._differences.append(torch.where(off == 0, off, off / largest))
+        apply: Callable[[Tensor, int], Tensor] = cast(Any, tag).apply
+        tagged = apply(value, dim)
+        return _replaced(output, value, tagged), tagged
+
+    def _check_loss(self, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise MeasureError(
+                f"loss(model, batch) returned {got}, not a scalar tensor. Reduce it: .mean()"
+            )
+
+    def _check_calls(self) -> None:
+        called = {name for name, _ in self.calls}
+        missing = [name for name in self.branches if name not in called]
+        if missing:
+            raise MeasureError(
+                f"{len(missing)} of {len(self.branches)} branches were not called in the forward pass, "
+                f"{missing[0]} among them. Was the model called that loss(model, batch) is given, and "
+                "are the branches called as modules, not through .forward()? Otherwise leave them out "
+                "of branches=."
+            )
+        if self._input is None:
+            block = self.blocks[self.calls[0][0]]
+            raise MeasureError(
+                f"{block} holds a branch but was not called itself, so that its input, h_0, was not "
+                "seen. Make it a module whose forward runs the block, x = block(x)."
+            )
+        if self.plain is not None and (
+            [name for name, _ in self.calls] != [name for name, _ in self.plain.calls]
+            or len(self.block_shapes) != len(self.plain.block_shapes)
+        ):
+            raise MeasureError(
+                "The copied batch did not call the same branches in the same order as the batch itself: "
+                "something random is active, such as layer dropping. Write model.eval()."
+            )
+
+    def _check_no_way_past_the_end(self, value: Tensor) -> None:
+        """ġ is 0 at the loss only if every path from there to h_0 crosses the trunk's end."""
+        assert self._input is not None
+        seen: set[Node] = set()
+        waiting = [get_gradient_edge(value)[:2]] if value.requires_grad else []
+        while waiting:
+            node, index = waiting.pop()
+            if (node, index) == (self._input.node, self._input.output_nr):
+                raise MeasureError(
+                    f"The loss depends on the input of {self.first_block} past the end of the trunk, "
+                    f"the output of {self.blocks[self.calls[-1][0]]}: through an auxiliary loss on an "
+                    "earlier position, a skip around the trunk, or a second forward pass. D along this "
+                    "trunk is then not defined. Write a loss on the trunk's last output alone."
+                )
+            if node is self._end or node in seen:
+                continue
+            seen.add(node)
+            waiting += [(n, i) for n, i in node.next_functions if n is not None]
+
+
+def _doubled_dim(where: str, single: torch.Size, doubled: torch.Size) -> int:
+    if len(single) == len(doubled):
+        dims = [i for i, (n, m) in enumerate(zip(single, doubled, strict=True)) if n != m]
+        if len(dims) == 1 and doubled[dims[0]] == 2 * single[dims[0]]:
+            return dims[0]
+    raise MeasureError(
+        f"With the batch copied twice, {where} went from shape {tuple(single)} to {tuple(doubled)}: not "
+        "one dimension doubled, so that the copies cannot be told apart. Is batch_dim= the dimension of "
+        "the samples?"
+    )
+
+
+def _half(where: str, dtype: torch.dtype) -> str:
+    return (
+        f"{where} is {str(dtype).removeprefix('torch.')}: D is a difference of paths, and is measured in "
+        "float64 or float32. Write model.double(), outside of autocast."
+    )
+
+
+# -- which branches, which blocks, which model ---------------------------------------------
+
+
+def _branch_names(model: nn.Module, branches: str | Sequence[str] | None) -> tuple[str, ...]:
+    if branches is None:
+        own: Any = getattr(model, "branches", None)
+        if not own or type(own) is not tuple or not all(type(name) is str for name in cast(Any, own)):
+            raise MeasureError(
+                f"The residual branches of {type(model).__name__} are not known. Name the modules whose "
+                'outputs are added to the stream: branches=["blocks.*.attention", "blocks.*.mlp"]'
+            )
+        branches = cast(tuple[str, ...], own)
+    patterns = [branches] if isinstance(branches, str) else list(branches)
+    if not patterns:
+        raise MeasureError('branches= is empty. Name them: branches=["blocks.*.attention"]')
+    try:
+        # The model itself, which has no name, matches "*" but is no branch of itself.
+        names = tuple(layer.name for layer, _ in select(model, patterns) if layer.name)
+    except LayerError as error:
+        raise LayerError(str(error).replace("layers=", "branches=", 1)) from None
+    if not names:
+        raise LayerError(f"branches={branches!r} matches the model itself alone: name modules inside it.")
+    for outer in names:
+        inner = next((name for name in names if name.startswith(f"{outer}.")), None)
+        if inner is not None:
+            raise MeasureError(
+                f"The branch {inner} lies inside the branch {outer}: its "
+                "paths would be counted twice. Name one of the two."
+            )
+    return names
+
+
+def _blocks(branches: tuple[str, ...]) -> dict[str, str]:
+    """The block of each branch: the numbered child, of the innermost common container, that holds it."""
+    paths = [name.split(".") for name in branches]
+    common = 0
+    while all(len(p) > common + 1 for p in paths) and len({p[common] for p in paths}) == 1:
+        common += 1
+    for numbered in (str.isdigit, _ends_in_a_number):
+        for i in range(common, -1, -1):
+            # A module that is numbered among others (dropout1, dropout2) holds branches, or it is not a
+            # block; in a list or a Sequential, it may be block and branch in one.
+            inside = numbered is str.isdigit or all(len(p) > i + 1 for p in paths)
+            if inside and all(numbered(p[i]) for p in paths):
+                return {name: ".".join(p[: i + 1]) for name, p in zip(branches, paths, strict=True)}
+    raise MeasureError(
+        f"The branches {', '.join(branches[:3])}{', ...' if len(branches) > 3 else ''} do not lie in "
+        "numbered blocks of one container (blocks.0, blocks.1, ...), so that the first block, whose "
+        "input is h_0, cannot be told. Put the blocks into an nn.ModuleList or an nn.Sequential."
+    )
+
+
+def _ends_in_a_number(part: str) -> bool:
+    return part[-1:].isdigit()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind torch.compile and data parallelism: neither belongs to what is measured."""
+    child = {
+        "OptimizedModule": "_orig_mod",
+        "DistributedDataParallel": "module",
+        "DataParallel": "module",
+    }
+    while (name := child.get(type(model).__name__)) in model._modules:  # pyright: ignore[reportPrivateUsage]
+        model = model.get_submodule(name)
+    return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy with its own buffers and hooks that shares the parameters, which are never written."""
+    try:
+        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    except Exception as error:
+        raise MeasureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the model "
+            "itself is never run: its buffers and your hooks would see it. Measure a plain copy of it."
+        ) from error
+
+
+_STOCHASTIC_CLASS: Final = ("dropout", "droppath", "dropconnect", "drop_path", "stochasticdepth")
+
+
+def _refuse_coupled_samples(model: nn.Module) -> None:
+    for name, module in named_layers(model).items():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
+            if module.training or module.running_mean is None:
+                fix = (
+                    "Write model.eval()."
+                    if module.running_mean is not None
+                    else "It keeps no running statistics: replace it by a GroupNorm or LayerNorm."
+                )
+                raise MeasureError(
+                    f"{where} normalises by the statistics of the batch, so that the samples, and the "
+                    f"two copies of each, are not independent. {fix}"
+                )
+        if not module.training:
+            continue
+        stochastic = any(word in type(module).__name__.lower() for word in _STOCHASTIC_CLASS)
+        for attribute, value in vars(module).items():
+            if (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and 0 < value <= 1
+                and ("drop" in attribute.lower() or (stochastic and attribute in ("p", "rate", "prob")))
+            ):
+                raise MeasureError(
+                    f"{where} has {attribute}={value:g} and is in training mode: dropout would differ "
+                    "between the two copies of the batch. Write model.eval()."
+                )
+
+
+# -- batches and outputs -------------------------------------------------------------------
+
+
+def _mapped(value: Any, function: Callable[[Tensor, str], Any], path: str = "") -> Any:
+    """The same structure of tuples, lists, mappings and dataclasses, with its tensors mapped."""
+    if isinstance(value, Tensor):
+        return function(value, path)
+    it: Any = value  # its items are of any type
+    if isinstance(value, MutableMapping):  # before dataclasses: Hugging Face's outputs are both
+        result: Any = copy.copy(it)
+        for key in it:
+            result[key] = _mapped(it[key], function, f"{path}[{key!r}]")
+        return result
+    if isinstance(value, Mapping):
+        return {key: _mapped(it[key], function, f"{path}[{key!r}]") for key in it}
+    if isinstance(value, (tuple, list)):
+        items = [_mapped(item, function, f"{path}[{i}]") for i, item in enumerate(it)]
+        make: Any = getattr(it, "_make", it.__class__)  # named tuples take their items one by one
+        return make(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        result = copy.copy(value)
+        for field in fields(value):
+            item = _mapped(getattr(value, field.name), function, f"{path}.{field.name}")
+            object.__setattr__(result, field.name, item)
+        return result
+    return value
+
+
+def _first_float(value: Any) -> Tensor | None:
+    return next((tensor for tensor in tensors_in(value) if tensor.is_floating_point()), None)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    return _mapped(value, lambda tensor, path: new if tensor is old else tensor)
+
+
+def _copies(batch: Any, dim: int) -> tuple[Any, Any]:
+    """The batch on tensors of its own, and the batch twice along the dimension of the samples."""
+    sizes: dict[str, int] = {}
+
+    def check(tensor: Tensor, path: str) -> Tensor:
+        if tensor.dim() and not 0 <= dim < tensor.dim():
+            raise MeasureError(
+                f"batch{path} has shape {tuple(tensor.shape)}, and so no batch_dim={dim} along which to "
+                "copy it. Say which dimension the samples lie along, or give what is the same for all of "
+                "them inside the loss: loss=lambda model, batch: ..."
+            )
+        if tensor.dim():
+            sizes[path] = tensor.shape[dim]
+        return tensor
+
+    _mapped(batch, check)
+    if not sizes or 0 in sizes.values():
+        what = "is empty" if sizes else f"({type(batch).__name__}) holds no tensor that could be copied"
+        raise MeasureError(f"The batch {what}: give tensors with samples along batch_dim={dim}.")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"batch{path}: {size}" for path, size in sizes.items())
+        raise MeasureError(
+            f"The tensors of the batch have different sizes along batch_dim={dim} ({listed}): which hold "
+            "samples cannot be told. Expand those that are shared to one row per sample."
+        )
+    single = _mapped(batch, lambda tensor, path: tensor.detach().clone())
+    double = _mapped(batch, lambda t, path: torch.cat((t, t), dim).detach() if t.dim() else t.clone())
+    return single, double
+
+
+# -- surroundings --------------------------------------------------------------------------
+
+
+def _own_loss(model: Any, batch: Any) -> Tensor:
+    value = getattr(model(**batch), "loss", None)
+    if value is None:
+        raise MeasureError(
+            "model(**batch) has no .loss (a Hugging Face model computes it when the batch has labels). "
+            "Write loss=lambda model, batch: ..., which returns a scalar tensor."
+        )
+    return value
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Generator[None]:
+    """Gradients on; every random state as it was, afterwards."""
+    devices: dict[str, set[int]] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type not in ("cpu", "meta"):
+            devices.setdefault(tensor.device.type, set()).add(tensor.device.index or 0)
+    python, legacy = random.getstate(), np.random.get_state()
+    with ExitStack() as stack:
+        fork = cast(Any, torch.random).fork_rng
+        stack.enter_context(fork(devices=[]))
+        for kind, indices in devices.items():
+            stack.enter_context(fork(devices=sorted(indices), device_type=kind))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
+            # A compiled part would run without the hooks, that were not there when it was traced.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.double().cpu()
+    return x / x.abs().amax()
+
+
+def _norm(x: Tensor) -> float:
+    x = x.double().cpu()
+    largest = x.abs().amax() if x.numel() else torch.zeros(())
+    if not largest > 0 or not torch.isfinite(largest):
+        return float(largest)
+    return float(largest * torch.sum((x / largest) ** 2).sqrt())
+
+
+def _frozen(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    x.flags.writeable = False
+    return x

@@ -1,0 +1,195 @@
+"""The public watch: a recorder with a face."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from gradscope.collect.arguments import Mask
+from gradscope.collect.recorder import Recorder
+from gradscope.collect.schedule import Schedule
+from gradscope.layers import Selection
+from gradscope.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Scope", "watch"]
+
+# The scope lives as long as its model: `gradscope.watch(model)` alone, result unused, records too.
+_open: weakref.WeakKeyDictionary[nn.Module, Scope] = weakref.WeakKeyDictionary()
+
+
+def watch(
+    model: nn.Module,
+    layers: Selection | None = None,
+    *,
+    statistics: Iterable[str] | None = None,
+    every: int = 1,
+    slow_every: int = 10,
+    mask: Mask | None = None,
+    path: str | os.PathLike[str] | None = None,
+    max_bytes: int = 256_000_000,
+    warn: bool = True,
+    update: bool = True,
+    scaler: Any = None,
+) -> Scope:
+    """Watch a model train: record gradients, activations and parameters over depth, step by step.
+
+    Nothing in the training loop changes, and nothing in the model: losses and parameters are
+    bit-identical with and without the watch. A step ends at the first forward in grad mode after
+    an optimizer of ``torch.optim`` has stepped (several backward passes before it are gradient
+    accumulation and are pooled into one batch), or where ``scope.step()`` says so. Forwards under
+    ``no_grad`` are not recorded. Parameter gradients are read at the end of the backward pass,
+    before clipping.
+
+    ::
+
+        with gradscope.watch(model) as scope:
+            for batch in loader:
+                loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        scope.plot()
+
+    Args:
+        model: any module. Watching a model that is being watched returns the same scope.
+        layers: what to watch: None for every block and its attention and feed-forward branches,
+            a glob over module names (``"**"``: every module; ``"model.layers.*"``: these are the
+            blocks), a module class, a predicate (name, module) -> bool, or several of these.
+        statistics: names from ``gradscope.record.STATISTICS``; None for all.
+        every: record each n-th step.
+        slow_every: of the recorded steps, each n-th also gets the statistics that cost more
+            (token variance, kurtosis, token cosine, weight and update norms).
+        mask: padding to leave out, [batch, tokens] with true where a token counts: the name of the
+            forward argument that holds it (``"attention_mask"``), a tensor, or a function of the
+            forward's (args, kwargs).
+        path: a file that every finished step is appended to; a file that exists is continued.
+        max_bytes: memory for the steps; above it older ones are thinned by two, keeping the first,
+            the last and those with a finding. With ``path`` the file keeps all.
+        warn: warn at once when a step turns non-finite or a layer dies.
+        update: measure update norms, which takes a copy of the parameters during the optimizer's
+            step on each step with slow statistics.
+        scaler: the ``torch.amp.GradScaler`` in use, where several are; one alone is found by itself.
+
+    Returns:
+        A `Scope`: a context manager with ``record``, ``plot()``, ``table()``, ``step()``, ``close()``.
+
+    Raises:
+        LayerError: no depth axis in the model, or a pattern that matches nothing.
+        RecordError: ``path`` holds something that is not a readable Record.
+    """
+    if not isinstance(model, nn.Module):
+        kind = "the class" if isinstance(model, type) else "an object of type"
+        name = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"watch() takes an nn.Module instance; got {kind} {name}.")
+    scope = _open.get(model)
+    if scope is not None:
+        return scope
+    recorder = Recorder(
+        model,
+        layers=layers,
+        statistics=statistics,
+        schedule=Schedule(every=every, slow_every=slow_every),
+        mask=mask,
+        path=path,
+        max_bytes=max_bytes,
+        warn=warn,
+        update=update,
+        scaler=scaler,
+    )
+    scope = Scope(recorder)
+    _open[model] = scope
+    return scope
+
+
+class Scope:
+    """A model that is being watched, or was; made by `watch`.
+
+    Attributes:
+        record: everything recorded so far, an immutable `Record`; after ``close()`` the whole.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    @property
+    def record(self) -> Record:
+        """What has been recorded so far, the step under way included with what it has."""
+        return self._recorder.record
+
+    @property
+    def faults(self) -> dict[str, int]:
+        """Errors inside gradscope that were caught, with their counts; {} is the healthy state."""
+        return dict(self._recorder.faults)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the watch has ended."""
+        return self._recorder.closed
+
+    def step(self, *, loss: float | Tensor | None = None) -> None:
+        """Say that a step ends here; from now on optimizers no longer end steps.
+
+        For loops without an optimizer of ``torch.optim``, and to put the loss beside the step.
+        """
+        self._recorder.guarded(-1, self._recorder.end_step, loss)
+
+    def log(self, *, loss: float | Tensor) -> None:
+        """Put the loss beside the open step, where the model's output does not hold it."""
+        self._recorder.guarded(-1, self._recorder.note_loss, loss)
+
+    def plot(self, quantity: str = "grad_l2", **options: Any) -> Axes:
+        """Depth against a quantity: `gradscope.plot.depth` of the record."""
+        from gradscope.show import plots
+
+        return plots.depth(self.record, quantity, **options)
+
+    def table(self, step: int | None = None) -> Any:
+        """A table with one line per layer, for the terminal (a ``rich.table.Table``)."""
+        from gradscope.show import terminal
+
+        return terminal.layer_table(self.record, step)
+
+    def close(self) -> None:
+        """Finish the open step and leave nothing behind on the model; a second call does nothing."""
+        model = self._recorder._model()
+        if model is not None and _open.get(model) is self:
+            del _open[model]
+        self._recorder.close()
+
+    def __enter__(self) -> Scope:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        recorder = self._recorder
+        blocks = [x for x in recorder.layers if x.is_block]
+        trunks = recorder.header["trunks"]
+        axis = ", ".join(f"{name} ({count} blocks)" for name, count in trunks.items()) or "no depth axis"
+        branches = sum(x.branch is not None for x in recorder.layers)
+        others = len(recorder.layers) - len(blocks) - branches
+        parts = [
+            axis,
+            f"{branches} branches" if branches else "",
+            f"{others} other layers" if others else "",
+        ]
+        state = "closed" if recorder.closed else "watching"
+        steps = len(recorder.steps)
+        return (
+            f"<Scope {state} {recorder.header['model']}: {', '.join(p for p in parts if p)}; "
+            f"{steps} step{'s' * (steps != 1)} recorded>"
+        )

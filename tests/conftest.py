@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, here and in every subprocess: the tests are many and small, and run in
+# several processes at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+
+# No timed assertions; and on a machine that gates a change, the same examples in every run.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("gate", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes each)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))

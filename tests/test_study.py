@@ -1,0 +1,588 @@
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradscope.analysis import Interval, interval
+from gradscope.errors import StudyError
+from gradscope.record import Record
+from gradscope.study import PLANS, claims, load_text
+from gradscope.study.claims import Flow, Tokens, Trained
+from gradscope.study.outcome import TrainingOutcome
+from gradscope.study.plan import Plan, Unit
+from gradscope.study.store import Store
+from gradscope.study.text import MINIMUM_BYTES, Text
+
+TINY = PLANS["tiny"]
+NONE = Interval(estimate=math.nan, low=math.nan, high=math.nan, confidence=0.95, count=0)
+
+
+def about(estimate: float, half: float = 0.01, count: int = 5) -> Interval:
+    return Interval(
+        estimate=estimate, low=estimate - half, high=estimate + half, confidence=0.95, count=count
+    )
+
+
+def flow(depth: int, rate: float, half: float = 0.01, zeros: int = 0) -> Flow:
+    """A flow whose increment is rate ± half nats per block, and Δ accordingly."""
+    return Flow(
+        depth=depth,
+        delta=about(rate * depth, half * depth),
+        increment=about(rate, half),
+        zeros=zeros,
+        values=5 * (depth + 1),
+    )
+
+
+def flows(*rates: float, half: float = 0.01) -> list[Flow]:
+    return [flow(depth, rate, half) for depth, rate in zip((6, 12, 24, 48), rates, strict=False)]
+
+
+# -- the text ------------------------------------------------------------------------------------
+
+
+def test_the_two_splits_are_the_whole_text_in_stretches(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).integers(0, 256, size=100_001).astype(np.uint8).tobytes()
+    file = tmp_path / "text.bin"
+    file.write_bytes(content)
+    text = load_text(file)
+    assert text.validation == content[9 * 4096 : 10 * 4096] + content[19 * 4096 : 20 * 4096]
+    rest = content[: 9 * 4096] + content[10 * 4096 : 19 * 4096] + content[20 * 4096 :]
+    assert text.train == rest
+
+
+def test_targets_are_the_next_bytes_and_the_order_depends_on_the_seed_alone() -> None:
+    text = Text("ascending", bytes(range(256)) * 40, bytes(range(256)) * 4)
+    first = next(text.batches(seed=3, batch=5, context=7))
+    inputs, targets = first
+    assert inputs.shape == targets.shape == (5, 7)
+    assert ((inputs + 1) % 256 == targets).all()
+    assert (inputs[:, 1:] == targets[:, :-1]).all()
+    again = next(text.batches(seed=3, batch=5, context=7))
+    assert (again[0] == inputs).all()
+    other = next(text.batches(seed=4, batch=5, context=7))
+    assert (other[0] != inputs).any()
+    windows, next_bytes = text.validation_windows(windows=9, context=16)
+    assert windows.shape == (9, 16)
+    assert windows[0, 0] == 0
+    assert next_bytes[-1, -1] == 255  # the last byte of the split
+
+
+def test_unigram_cross_entropy_of_two_equally_frequent_bytes() -> None:
+    text = Text("ab", b"ab" * 100_000, b"ab" * 100)
+    # One count is added to each of 256 bytes.
+    assert text.unigram_nats(windows=3, context=8) == pytest.approx(
+        -math.log(100_001 / 200_256), rel=1e-12
+    )
+
+
+def test_the_language_reference_is_real_text_and_no_paragraph_stands_twice() -> None:
+    text = load_text()
+    whole = text.train + text.validation
+    assert len(whole) > 300_000
+    assert 0.08 < len(text.validation) / len(whole) < 0.11
+    assert 2.5 < text.unigram_nats(windows=64, context=64) < 3.6
+    inner = [p for p in text.train.split(b"\n\n") if len(p) > 400]
+    assert not [p for p in inner if p in text.validation]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "no such file"),
+        (lambda path: path.mkdir(), "folder"),
+        (lambda path: path.write_bytes(b""), "0 bytes are too few"),
+        (lambda path: path.write_bytes(b"x" * (MINIMUM_BYTES - 1)), str(MINIMUM_BYTES)),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_refused_with_what_to_do(make, says, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    make(path)
+    with pytest.raises(StudyError, match=says) as caught:
+        load_text(path)
+    assert str(path) in str(caught.value)
+
+
+# -- the plan ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: plan.name)
+def test_plans_name_known_variants_and_have_one_file_per_unit(plan: Plan) -> None:
+    from gradscope.reference import INITIALIZATIONS, VARIANTS
+
+    assert {*plan.variants, *plan.initialization_variants, *plan.training_variants} <= set(VARIANTS)
+    assert set(plan.learning_rates) <= set(plan.training_variants)
+    assert set(plan.initializations) <= set(INITIALIZATIONS) - {"torch"}
+    losses: dict[Unit, float] = {
+        unit: unit.learning_rate
+        for variant in plan.training_variants
+        for depth in plan.training_depths
+        for unit in plan.rate_units(variant, depth)
+    }
+    units = plan.units(losses)
+    assert len({unit.slug for unit in units}) == len(units) == plan.total_units
+    assert sum(unit.work for unit in units) == pytest.approx(plan.total_work)
+    for variant in plan.training_variants:
+        assert list(plan.rates(variant)) == sorted(plan.rates(variant))
+
+
+def test_the_default_plan_is_the_study_that_was_asked_for() -> None:
+    plan = PLANS["default"]
+    assert plan.depths == (6, 12, 24, 48)
+    assert plan.seeds == 5
+    assert plan.training_depths == (12,)
+    assert len(plan.training_variants) >= 5
+    assert all(len(plan.rates(variant)) == 3 for variant in plan.training_variants)
+    assert (plan.rate_seeds, plan.best_seeds) == (1, 3)
+    assert not plan.robustness
+    full = PLANS["full"]
+    assert full.robustness
+    assert max(full.depths) == 96
+    assert max(full.training_depths) == 48
+    assert full.rate_seeds >= 3
+    assert not full.learning_rates  # one range for all, or robustness compares different things
+
+
+def test_the_best_rate_is_the_lowest_mean_loss_and_never_one_that_diverged() -> None:
+    plan = replace(TINY, other_rates=(0.1, 0.2, 0.3), rate_seeds=2)
+    losses: dict[Unit, float] = {}
+    values = {0.1: (3.0, 3.0), 0.2: (1.0, 4.0), 0.3: (0.5, math.inf)}
+    for unit in plan.rate_units("no_skip", 2):
+        assert plan.best_rate("no_skip", 2, losses) is None
+        losses[unit] = values[unit.learning_rate][unit.seed]
+    assert plan.best_rate("no_skip", 2, losses) == 0.2
+    equal: dict[Unit, float] = {unit: 1.0 for unit in losses}
+    assert plan.best_rate("no_skip", 2, equal) == 0.1
+    diverged: dict[Unit, float] = {unit: math.nan for unit in losses}
+    assert plan.best_rate("no_skip", 2, diverged) == 0.1
+
+
+# -- the sentences: both directions of every claim -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "half", "verdict"),
+    [
+        (-1.0, 0.1, "vanishes"),
+        (-0.25, 0.001, "is undecided"),  # Δ = −3 at 12 blocks
+        (-0.30, 0.1, "is undecided"),
+        (0.0, 0.1, "is preserved"),
+        (0.2, 0.01, "is preserved"),
+        (0.3, 0.1, "is undecided"),
+        (1.0, 0.1, "explodes"),
+    ],
+)
+def test_flow_verdicts_need_the_whole_interval(rate: float, half: float, verdict: str) -> None:
+    assert claims.flow_verdict(flow(12, rate, half)) == verdict
+
+
+def test_without_an_interval_nothing_is_decided_and_zeros_are_underflow() -> None:
+    single = interval([-40.0])
+    assert claims.flow_verdict(Flow(depth=12, delta=single, increment=single)) == "is undecided"
+    zeros = interval([-math.inf, -math.inf])
+    under = Flow(depth=12, delta=zeros, increment=NONE, zeros=3, values=26)
+    assert claims.flow_verdict(under) == "underflows"
+    sentence = claims.flow("x", [under])
+    assert "underflows to exact zeros" in sentence
+    assert "3 of 26 norms are exactly 0" in sentence
+    assert "Nats per block" not in sentence  # no rate through zeros
+
+
+def test_flow_says_one_verdict_for_all_depths_or_each_where_it_holds() -> None:
+    vanishing = claims.flow("net", flows(-2.8, -2.8, -2.8, -2.8))
+    assert "vanishes towards the input at every depth measured (6 to 48 blocks)" in vanishing
+    assert "−2.80 [−2.81, −2.79] at 6" in vanishing
+    assert "4e−59 times" in vanishing  # e^(−2.8 · 48) = 4.2e−59
+    mixed = claims.flow("net", flows(0.01, 0.01, 0.5, 0.5))
+    assert "keeps its norm" in mixed and "at 6 and 12 blocks" in mixed
+    assert "explodes towards the input at 24 and 48 blocks" in mixed
+
+
+def test_contrast_holds_somewhere_everywhere_or_nowhere() -> None:
+    steep, flat = flows(-2.0, -2.0, -2.0, -2.0), flows(0.03, 0.03, 0.02, 0.01)
+    assert "holds at every depth measured" in claims.contrast("a", steep, "b", flat)
+    swapped = claims.contrast("b", flat, "a", steep)
+    assert "does not show at any depth" in swapped
+    partly = claims.contrast("a", flows(-2.0, -2.0, -0.5, -2.0), "b", flat)
+    assert "holds at 6, 12 and 48 blocks only" in partly
+    touching = claims.contrast("a", flows(-1.005, half=0.01), "b", flows(0.0))
+    assert "does not show" in touching  # the interval reaches above −1
+
+
+def test_initialisation_dependence_reverses_agrees_or_differs() -> None:
+    falls, rises, stays = flows(-2.0, -2.0), flows(2.0, 2.0), flows(0.01, 0.01)
+    reverses = claims.initialisation_dependence("net", {"torch": falls, "He": rises})
+    assert "reverses under He" in reverses
+    assert "at 12 blocks" in reverses
+    same = claims.initialisation_dependence("net", {"torch": falls, "Xavier": falls})
+    assert "does the same under every initialisation" in same
+    differs = claims.initialisation_dependence("net", {"torch": falls, "Xavier": stays})
+    assert "depends on the initialisation" in differs
+    assert "reverses" not in differs
+
+
+def test_a_net_is_dead_only_with_both_signs_and_preserved_only_with_the_norm() -> None:
+    collapsed = Tokens(
+        token_cosine=about(0.9999, 1e-5), qk_first=about(0.003, 1e-4), qk_last=about(6e-5, 1e-6)
+    )
+    alive = Tokens(token_cosine=about(0.3), qk_first=about(0.4), qk_last=about(0.5))
+    half_dead = replace(collapsed, qk_last=about(0.5))
+    kept, lost = flows(0.09, 0.05), flows(-3.0, -3.0)
+    assert (
+        "keeps the norm of its gradient at every depth measured, and the net is dead"
+        in claims.dead_net("net", kept, [collapsed, collapsed])
+    )
+    assert "at 12 blocks, and the net is dead there" in claims.dead_net("net", kept, [alive, collapsed])
+    assert "no rank collapse" in claims.dead_net("net", kept, [alive, alive])
+    assert "no rank collapse" in claims.dead_net("net", kept, [half_dead, half_dead])
+    gone = claims.dead_net("net", lost, [collapsed, collapsed])
+    assert "is dead by rank collapse at 6 and 12 blocks" in gone
+    assert "keeps the norm" not in gone
+
+
+def test_not_flat_needs_zero_outside_every_interval() -> None:
+    power = claims.not_flat("net", flows(0.08, 0.06, 0.04, 0.02, half=0.002))
+    assert "is not flat" in power and "grows towards the input" in power
+    assert "rate itself shrinks" in power
+    exponential = claims.not_flat("net", flows(0.05, 0.05, half=0.002))
+    assert "is not flat" in exponential and "shrinks" not in exponential
+    falling = claims.not_flat("net", flows(-0.08, -0.02, half=0.002))
+    assert "falls towards the input" in falling and "shrinks" in falling
+    flat = claims.not_flat("net", flows(0.001, 0.06, half=0.002))
+    assert "cannot be told from flat at 6 blocks" in flat
+
+
+def trained(label: str, *curves: tuple[float, ...], rate: float = 2.0) -> Trained:
+    return Trained(
+        label=label,
+        rate=rate,
+        rates=(1.0, 2.0, 3.0),
+        steps=(0, 10, 20, 30),
+        losses=dict(enumerate(curves)),
+        final=interval(c[-1] if len(c) == 4 else math.inf for c in curves),
+    )
+
+
+QUICK = trained("with", (5, 3, 2.5, 2.0), (5, 3, 2.4, 2.01), (5, 3, 2.6, 1.99))
+SLOW = trained("without", (5, 4, 3.5, 3.3), (5, 4, 3.5, 3.31), (5, 4, 3.5, 3.29))
+
+
+def test_learned_context_or_only_frequencies_or_undecided_or_diverged() -> None:
+    assert "has learned from the context" in claims.learned_context(QUICK, 3.3)
+    assert "learned nothing but how frequent" in claims.learned_context(SLOW, 3.3)
+    wide = trained("wide", (5, 4, 3, 2.0), (5, 4, 3, 3.3), (5, 4, 3, 4.0))
+    assert "not told from byte frequencies" in claims.learned_context(wide, 3.3)
+    broken = trained("broken", (5, 4), (5, 4, 3, 2.0), (5, 4, 3, 2.0))
+    assert "diverged in 1 of 3 runs" in claims.learned_context(broken, 3.3)
+
+
+def test_better_worse_or_no_difference() -> None:
+    assert "Trains better with skips" in claims.better_with(QUICK, SLOW, about(-1.0, 0.5))
+    assert "Trains worse with skips" in claims.better_with(QUICK, SLOW, about(1.0, 0.5))
+    assert "No difference shown" in claims.better_with(QUICK, SLOW, about(-1.0, 1.5))
+    open_end = interval([-math.inf, -1.0])
+    assert "No difference shown" in claims.better_with(QUICK, SLOW, open_end)
+
+
+def test_faster_slower_never_or_mixed() -> None:
+    faster = claims.faster_with(QUICK, SLOW)
+    assert "Trains faster with skips" in faster
+    assert (
+        "came at step 30, 30 and 30 (by seed), with skips it was reached at step 10, 10 and 10" in faster
+    )
+    assert "Not faster" in claims.faster_with(SLOW, QUICK)
+    late = trained("late", (5, 4, 4, 3.0), (5, 4, 4, 3.0))
+    early = trained("early", (5, 3.2, 3.3, 3.3), (5, 3.2, 3.3, 3.3))
+    assert "Trains slower with skips" in claims.faster_with(late, early)
+    mixed = trained("mixed", (5, 3, 2.5, 2.0), (5, 4, 4, 3.31))
+    assert "Not shown to train faster" in claims.faster_with(mixed, SLOW)
+
+
+def test_rates_on_the_edge_are_named() -> None:
+    inside = trained("inside", (1, 1, 1, 1.0))
+    assert "lies inside" in claims.rate_edges([inside])
+    sentence = claims.rate_edges(
+        [inside, replace(inside, label="low", rate=1.0), replace(inside, label="high", rate=3.0)]
+    )
+    assert "smallest for low" in sentence and "largest for high" in sentence
+    assert "inside" not in sentence
+
+
+def test_robustness_follows_the_interval() -> None:
+    assert "“pre” is the more robust" in claims.robustness("pre", "post", about(-1.0, 0.5), 48)
+    assert "“post” is the more robust" in claims.robustness("pre", "post", about(1.0, 0.5), 48)
+    assert "neither" in claims.robustness("pre", "post", about(-1.0, 1.5), 48)
+
+
+def test_zeros_in_training_are_said_only_where_they_are() -> None:
+    clean = flow(12, -1.0)
+    assert claims.zeros_in_training("net", clean, clean) is None
+    sentence = claims.zeros_in_training("net", replace(clean, zeros=7), clean)
+    assert sentence is not None
+    assert "7 of 65" in sentence and "0 of 65" in sentence and "underflow" in sentence
+
+
+def test_numbers_in_prose() -> None:
+    assert claims.number_text(-2.268) == "−2.27"
+    assert claims.number_text(4.2e-59) == "4.2e−59"
+    assert claims.number_text(0.0) == "0"
+    assert claims.number_text(math.nan) == "not known"
+    assert claims.number_text(math.inf) == "∞"
+    assert claims.interval_text(NONE) == "not known"
+    assert claims.interval_text(interval([1.0])) == "1.00"
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+OUTCOME = TrainingOutcome(
+    train_loss=(5.5, math.nan, math.inf),
+    validation_step=(0, 3),
+    validation_loss=(5.5, 4.0),
+    diverged_at=None,
+    flush_denormal=True,
+    wall_time_s=1.5,
+)
+
+
+def test_the_store_gives_back_what_it_was_given_and_only_under_the_same_key(tmp_path: Path) -> None:
+    unit = TINY.training_unit("no_skip", 2, 1e-3, 0)
+    store = Store(tmp_path, "text", "code")
+    assert store.load(unit) is None
+    store.save(unit, Record({"model": "m"}), OUTCOME)
+    found = store.load(unit)
+    assert isinstance(found, TrainingOutcome)
+    assert found.train_loss[0] == 5.5
+    assert math.isnan(found.train_loss[1]) and found.train_loss[2] == math.inf
+    assert replace(found, train_loss=()) == replace(OUTCOME, train_loss=())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{unit.slug}.json", f"{unit.slug}.jsonl"]
+    # The same files, but of another text, another code, another configuration.
+    assert Store(tmp_path, "other text", "code").load(unit) is None
+    assert Store(tmp_path, "text", "other code").load(unit) is None
+    assert store.load(replace(unit, steps=unit.steps + 1)) is None
+
+
+def test_a_damaged_or_lonely_file_counts_as_not_done(tmp_path: Path) -> None:
+    unit = TINY.training_unit("no_skip", 2, 1e-3, 0)
+    store = Store(tmp_path, "text", "code")
+    store.save(unit, Record({"model": "m"}), OUTCOME)
+    whole = store.outcome_path(unit).read_bytes()
+    for length in range(0, len(whole) - 2, 40):
+        store.outcome_path(unit).write_bytes(whole[:length])
+        assert store.load(unit) is None
+    store.outcome_path(unit).write_bytes(whole)
+    assert store.load(unit) is not None
+    store.record_path(unit).unlink()
+    assert store.load(unit) is None
+
+
+# -- the whole -----------------------------------------------------------------------------------
+
+
+def tiny_command(out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "gradscope.cli",
+        "study",
+        "--tiny",
+        "--jobs",
+        "2",
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny study, run as a user would."""
+    out = tmp_path_factory.mktemp("tiny")
+    run = subprocess.run(tiny_command(out), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"[{TINY.total_units:>3}/{TINY.total_units}]" in run.stderr
+    return out
+
+
+def test_the_study_writes_every_picture_the_table_the_text_and_the_records(tiny_study: Path) -> None:
+    names = {path.name for path in tiny_study.iterdir()}
+    pictures = {
+        "activation_variance.png",
+        "depth_gradient.png",
+        "effective_depth.png",
+        "gradient_ratio.png",
+        "heatmap.png",
+        "loss_curves.png",
+    }
+    assert names == {*pictures, "records", "study.md", "table.csv"}
+    text = (tiny_study / "study.md").read_text(encoding="utf-8")
+    for picture in pictures:
+        assert f"]({picture})" in text
+        assert (tiny_study / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    records = sorted((tiny_study / "records").glob("*.jsonl"))
+    assert len(records) == TINY.total_units
+    assert len(list((tiny_study / "records").iterdir())) == 2 * TINY.total_units
+
+
+def test_records_of_the_study_say_how_they_were_made(tiny_study: Path) -> None:
+    trained_record = Record.load(next((tiny_study / "records").glob("training-pre_norm-*.jsonl")))
+    assert trained_record.header["flush_denormal"] is True
+    assert trained_record.header["replicates"] == "run"
+    assert {s.step for s in trained_record.steps} >= {0, 2, 4}
+    fresh = Record.load(tiny_study / "records" / "initialisation-pre_norm-torch-depth3.jsonl")
+    assert not fresh.header.get("flush_denormal")
+    assert "float64" in str(fresh.header["dtype"])
+    assert fresh.header["replicates"] == "initialisation"
+    assert {s.replicate for s in fresh.steps} == set(range(TINY.seeds))
+
+
+def test_the_table_agrees_with_a_gradient_taken_by_hand(tiny_study: Path) -> None:
+    import torch
+
+    from gradscope.reference import Transformer, next_token_loss
+
+    with (tiny_study / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    inputs, targets = next(load_text().batches(seed=0, batch=TINY.measure_batch, context=TINY.context))
+    for variant, initialization in (("no_skip", "torch"), ("pre_norm", "torch"), ("no_skip", "he")):
+        for seed in range(TINY.seeds):
+            torch.manual_seed(seed)
+            model = Transformer(
+                variant, depth=3, width=8, heads=2, context=16, initialization=initialization
+            ).double()
+            stream: list[torch.Tensor] = []
+            model.blocks[0].register_forward_pre_hook(lambda _, args, kept=stream: kept.append(args[0]))
+            model.blocks[-1].register_forward_hook(lambda _, args, out, kept=stream: kept.append(out))
+            loss = next_token_loss(model, (torch.from_numpy(inputs), torch.from_numpy(targets)))
+            first, last = torch.autograd.grad(loss, stream)
+            (value,) = (
+                float(row["value"])
+                for row in rows
+                if (row["variant"], row["initialization"], row["depth"], row["seed"], row["quantity"])
+                == (variant, initialization, "3", str(seed), "delta")
+            )
+            assert value == pytest.approx(math.log(first.norm() / last.norm()), rel=1e-9)
+
+
+def test_every_number_of_the_table_is_there_or_says_why_not(tiny_study: Path) -> None:
+    with (tiny_study / "table.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert (row["status"] == "ok") == (row["value"] != ""), row
+        if row["status"] == "ok":
+            assert not math.isnan(float(row["value"]))
+    depths = {
+        (r["variant"], r["depth"]): float(r["value"])
+        for r in rows
+        if r["quantity"] == "effective_depth" and r["status"] == "ok"
+    }
+    assert depths["no_skip", "2"] == pytest.approx(4)
+    assert depths["no_skip", "3"] == pytest.approx(6)
+    trained_rows = {
+        (r["variant"], r["learning_rate"], r["seed"])
+        for r in rows
+        if r["quantity"] == "final_validation_loss"
+    }
+    for variant in TINY.training_variants:
+        of_variant = [key for key in trained_rows if key[0] == variant]
+        assert len(of_variant) == len(TINY.rates(variant)) + TINY.best_seeds - TINY.rate_seeds
+
+
+def stamps(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "records").iterdir()}
+
+
+def test_a_rerun_measures_nothing_again_and_a_missing_unit_alone(tiny_study: Path) -> None:
+    before = stamps(tiny_study)
+    (tiny_study / "study.md").unlink()
+    subprocess.run(tiny_command(tiny_study), capture_output=True, check=True)
+    assert stamps(tiny_study) == before
+    assert (tiny_study / "study.md").exists()
+
+    missing = "initialisation-no_skip-torch-depth2.json"
+    (tiny_study / "records" / missing).unlink()
+    run = subprocess.run(tiny_command(tiny_study), capture_output=True, text=True, check=True)
+    after = stamps(tiny_study)
+    assert {name for name in before if after[name] != before[name]} == {missing, f"{missing}l"}
+    assert "no_skip, torch initialisation, depth 2" in run.stderr
+
+
+def test_the_same_numbers_come_out_again(tiny_study: Path, tmp_path: Path) -> None:
+    subprocess.run(tiny_command(tmp_path / "again"), capture_output=True, check=True)
+    for name in ("table.csv", "study.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_study / name).read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal on POSIX only")
+def test_ctrl_c_keeps_what_is_done_says_so_and_a_rerun_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        tiny_command(out), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list((out / "records").glob("*.json"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in said and f"of {TINY.total_units} parts" in said
+    assert f"gradscope study --tiny --jobs 2 --out {out}" in said
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, 0)
+
+    kept = stamps(out)
+    assert not [name for name in kept if name.endswith(".part")]
+    done = [name for name in kept if name.endswith(".json")]
+    assert 2 <= len(done) < TINY.total_units
+    subprocess.run(tiny_command(out), capture_output=True, check=True)
+    after = stamps(out)
+    assert len(after) == 2 * TINY.total_units
+    for name in done:
+        assert after[name] == kept[name]
+        assert after[f"{name}l"] == kept[f"{name}l"]
+
+
+def test_a_worker_that_dies_is_named_and_what_is_done_is_kept(tmp_path: Path) -> None:
+    from gradscope.study.workers import Workers
+
+    unit = TINY.training_unit("no_skip", 2, 1e-3, 0)
+    text = Text("ab", b"ab" * 1000, b"ab" * 100)
+    workers = Workers(1, text, Store(tmp_path, text.digest, "code"))
+    try:
+        workers.submit(replace(unit, steps=10**9))
+        (process,) = (worker.process for worker in workers._workers)
+        process.kill()
+        with pytest.raises(StudyError, match="training no_skip, depth 2") as caught:
+            for _ in range(100):
+                workers.wait(1.0)
+    finally:
+        workers.stop()
+    assert "exit code -9" in str(caught.value)
+
+
+def test_a_unit_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    from gradscope.study.workers import Workers
+
+    text = Text("ab", b"ab" * 1000, b"ab" * 100)
+    unit = replace(TINY.training_unit("no_skip", 2, 1e-3, 0), heads=3)  # does not divide the width
+    workers = Workers(1, text, Store(tmp_path, text.digest, "code"))
+    try:
+        workers.submit(unit)
+        with pytest.raises(StudyError, match="training no_skip, depth 2"):
+            for _ in range(100):
+                workers.wait(1.0)
+    finally:
+        workers.stop()
+    assert not list(tmp_path.iterdir())
