@@ -49,7 +49,17 @@ _FEED_FORWARD: Final = re.compile(
     r"mlp|ffn|ffw|feed_?forward|^ff(_|\d|$)|^fc(_|$)|experts?$|moe", re.IGNORECASE
 )
 _NORM: Final = re.compile(r"norm|^ln(_|\d|$)|^bn\d*$", re.IGNORECASE)
-_CHANNELS_FIRST: Final = re.compile(r"(Conv|BatchNorm|InstanceNorm|Pool|GroupNorm|Upsample|PixelShuffle)")
+#: torch's own modules with channels on axis 1, by the numbers of axes of the output for which that holds.
+#: By class, not by name: the Conv1D of transformers is a linear layer.
+_CHANNELS_FIRST: Final[tuple[tuple[tuple[type[nn.Module], ...], tuple[int, ...]], ...]] = (
+    ((nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d), (3,)),
+    ((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d), (3,)),
+    ((nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.PixelShuffle), (4,)),
+    ((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), (4,)),
+    ((nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d), (5,)),
+    ((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), (5,)),
+    ((nn.GroupNorm, nn.SyncBatchNorm, nn.Upsample), (3, 4, 5)),
+)
 
 #: Where the residual branch ends inside a layer class whose module tree does not say so: the
 #: outputs of these children are what the class adds to the stream.
@@ -72,9 +82,12 @@ class Layer:
         trunk: the name of its trunk, "" off the axis.
         block: the index of its block in the trunk, None off the axis.
         branch: its index among the block's proposed branches, None for the block itself.
-        feature_axis: the axis of features: 1 for convolutions, else -1.
+        channels_first: the numbers of axes with which its output has its features on axis 1, as
+            convolutions do; with any other number they are on the last.
         token_axis: the axis of tokens in a [batch, tokens, features] output: 1, or 0 where the
             module's attention says ``batch_first=False``.
+        parts: where a block has no module of its own (a weight layer of a plain stack with the norms
+            and activations behind it): the names of its modules, of which it is the last.
     """
 
     name: str
@@ -82,8 +95,13 @@ class Layer:
     trunk: str = ""
     block: int | None = None
     branch: int | None = None
-    feature_axis: int = -1
+    channels_first: tuple[int, ...] = ()
     token_axis: int = 1
+    parts: tuple[str, ...] = ()
+
+    def feature_axis(self, axes: int) -> int:
+        """The axis of features in an output of so many axes."""
+        return 1 if axes in self.channels_first else -1
 
     @property
     def is_block(self) -> bool:
@@ -100,11 +118,13 @@ class Trunk:
             class name where the model itself is the container.
         blocks: the blocks' names in container order.
         branches: for each block, the names of its proposed branches.
+        parts: for each block, the modules that it consists of where it is the last of several.
     """
 
     name: str
     blocks: tuple[str, ...]
     branches: tuple[tuple[str, ...], ...]
+    parts: tuple[tuple[str, ...], ...] = ()
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -164,6 +184,7 @@ class _Candidate:
     leaves: bool
     parameters: int
     block_type: str
+    parts: tuple[tuple[str, ...], ...] = ()
 
 
 def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
@@ -195,6 +216,7 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
             name=c.name or type(model).__name__,
             blocks=c.blocks,
             branches=tuple(() if c.leaves else _names(b, find_branches(layers[b])) for b in c.blocks),
+            parts=c.parts,
         )
         for c in candidates
     )
@@ -309,26 +331,27 @@ def _without_nested(candidates: list[_Candidate], layers: dict[str, nn.Module]) 
 def _stacks(layers: dict[str, nn.Module]) -> Iterator[_Candidate]:
     for name, module in layers.items():
         children = _children(layers, name)
-        groups: list[tuple[str, list[str]]] = []
+        groups: list[tuple[str, list[list[str]]]] = []
         if isinstance(module, nn.Sequential | nn.ModuleList):
-            members = list(children.items())
-            starts = [i for i, (_, m) in enumerate(members) if _is_weight_layer(m)]
-            ends = [i - 1 for i in starts[1:]] + [len(members) - 1]
+            members = list(children)
+            starts = [i for i, m in enumerate(children.values()) if _is_weight_layer(m)]
+            ends = [*starts[1:], len(members)]
             if isinstance(module, nn.ModuleList):
-                ends = starts
-            groups.append((name, [members[e][0] for e in ends] if starts else []))
+                ends = [i + 1 for i in starts]
+            groups.append((name, [members[a:b] for a, b in zip(starts, ends, strict=True)] if starts else []))
         else:
             stems: dict[str, list[str]] = {}
             for n, m in children.items():
                 stem = re.fullmatch(r"(.*?\D)_?\d+", n)
                 if stem and _is_weight_layer(m):
                     stems.setdefault(stem[1].rstrip("_"), []).append(n)
-            groups.extend((_join(name, stem), names) for stem, names in stems.items())
+            groups.extend((_join(name, stem), [[n] for n in names]) for stem, names in stems.items())
         for trunk, blocks in groups:
             if len(blocks) >= 2:
                 yield _Candidate(
                     name=trunk,
-                    blocks=_names(name, blocks),
+                    blocks=_names(name, [block[-1] for block in blocks]),
+                    parts=tuple(_names(name, block) for block in blocks),
                     attention=False,
                     leaves=True,
                     parameters=sum(p.numel() for p in module.parameters()),
@@ -445,27 +468,66 @@ def select(model: nn.Module, layers: Selection | None) -> tuple[tuple[Layer, nn.
             place.setdefault(block, (trunk.name, k, None))
             for j, branch in enumerate(trunk.branches[k]):
                 place.setdefault(branch, (trunk.name, k, j))
-    return tuple(
-        (_layer(name, module, place.get(name)), module)
-        for name, module in modules.items()
-        if name in chosen
-    )
+    parts = {t.name: t.parts for t in trunks if t.parts}
+    everything = named_layers(model)
+    found: list[tuple[Layer, nn.Module]] = []
+    for name, module in modules.items():
+        if name in chosen:
+            trunk, block, branch = place.get(name, ("", None, None))
+            layer = Layer(
+                name=name,
+                type=type(module).__name__,
+                trunk=trunk,
+                block=block,
+                branch=branch,
+                channels_first=_channels_first(name, everything),
+                token_axis=_token_axis(name, everything),
+                parts=parts[trunk][block] if trunk in parts and block is not None else (),
+            )
+            found.append((layer, module))
+    return tuple(found)
 
 
-def _layer(name: str, module: nn.Module, place: tuple[str, int, int | None] | None) -> Layer:
-    trunk, block, branch = place or ("", None, None)
-    batch_first = next(
-        (m.batch_first for m in module.modules() if isinstance(m, nn.MultiheadAttention)), True
-    )
-    return Layer(
-        name=name,
-        type=type(module).__name__,
-        trunk=trunk,
-        block=block,
-        branch=branch,
-        feature_axis=1 if _CHANNELS_FIRST.search(type(module).__name__) else -1,
-        token_axis=1 if batch_first else 0,
-    )
+def _around(name: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """The module of this name and those that hold it, from the inside out."""
+    while True:
+        if name in modules:
+            yield modules[name]
+        if not name:
+            return
+        name = name.rpartition(".")[0]
+
+
+def _channels_first(name: str, modules: dict[str, nn.Module]) -> tuple[int, ...]:
+    """For which numbers of axes the features of a module's output are on axis 1.
+
+    Said by the class of torch's own modules, and by the weight layers inside of all others: those of
+    the nearest module around for an activation or a dropout. Convolutions beside linear layers (as in
+    ConvNeXt) say it for images only: sequences next to linear layers are [batch, tokens, features].
+    """
+    own = _own_axes(modules[name])
+    if own:
+        return own
+    for module in _around(name, modules):
+        weighty = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+        if weighty:
+            axes = {n for m in weighty for n in _own_axes(m) if not isinstance(m, nn.GroupNorm)}
+            if any(isinstance(m, nn.Linear | nn.LayerNorm | nn.Embedding) for m in weighty):
+                axes.discard(3)
+            return tuple(sorted(axes))
+    return ()
+
+
+def _own_axes(module: nn.Module) -> tuple[int, ...]:
+    return next((axes for classes, axes in _CHANNELS_FIRST if isinstance(module, classes)), ())
+
+
+def _token_axis(name: str, modules: dict[str, nn.Module]) -> int:
+    """0 in and directly around an attention with ``batch_first=False``, else 1."""
+    inside = (m for m in modules[name].modules() if isinstance(m, nn.MultiheadAttention))
+    beside = (m for p in _around(name, modules) for m in p.children() if isinstance(m, nn.MultiheadAttention))
+    attention = next(inside, None) or next(beside, None)
+    return 1 if attention is None or attention.batch_first else 0
 
 
 def _matching(modules: dict[str, nn.Module], layers: Selection, trunks: tuple[Trunk, ...]) -> set[str]:

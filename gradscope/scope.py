@@ -182,14 +182,12 @@ class Scope:
         axis = ", ".join(f"{name} ({count} blocks)" for name, count in trunks.items()) or "no depth axis"
         branches = sum(x.branch is not None for x in recorder.layers)
         others = len(recorder.layers) - len(blocks) - branches
-        parts = [
-            axis,
-            f"{branches} branches" if branches else "",
-            f"{others} other layers" if others else "",
-        ]
+        parts = [axis]
+        parts += [f"{branches} branches"] if branches else []
+        parts += [f"{others} other layers"] if others else []
         state = "closed" if recorder.closed else "watching"
         steps = len(recorder.steps)
         return (
-            f"<Scope {state} {recorder.header['model']}: {', '.join(p for p in parts if p)}; "
+            f"<Scope {state} {recorder.header['model']}: {', '.join(parts)}; "
             f"{steps} step{'s' * (steps != 1)} recorded>"
         )

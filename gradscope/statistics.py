@@ -44,6 +44,8 @@ GRADIENT: Final = tuple(n for n, s in STATISTICS.items() if "output_grad" in s.s
 
 # Sums of squares outside these bounds may have lost elements to underflow, or overflowed.
 _SAFE_LOW: Final = {torch.float32: 1e-30, torch.float64: 1e-290}
+# A float32 sum of more squares than this loses digits: 1e-3 of the norm at 1e8 elements.
+_MOST_AT_ONCE: Final = 1 << 20
 # Below this share of the mean square, E x^2 - m^2 has lost more than one of float32's seven digits.
 _CANCELLATION: Final = 0.5
 
@@ -67,7 +69,7 @@ class Sample:
         token_axis: the axis of tokens where x is [batch, tokens, features].
         valid: bool [batch, tokens]; positions that count. None: all do.
         input: the trunk's input h_0 in the same form, for `input_cosine`.
-        square: mean of x^2 over the valid elements, from `measure`.
+        rms: sqrt(mean of x^2) over the valid elements, from `measure`.
     """
 
     x: Tensor
@@ -75,7 +77,7 @@ class Sample:
     token_axis: int
     valid: Tensor | None = None
     input: Tensor | None = None
-    square: Value = math.nan
+    rms: Value = math.nan
 
     def positions(self) -> Tensor:
         """The valid positions, [positions, features]."""
@@ -107,9 +109,7 @@ def kurtosis(sample: Sample) -> Value | Absent:
     al. 2024, arXiv:2405.19279). Computed on x / sqrt(E x^2), so that nothing leaves the range.
     NaN where x is zero or not finite.
     """
-    x = sample.positions()
-    square = torch.as_tensor(sample.square, dtype=torch.float64)
-    unit = x * square.rsqrt().to(x.dtype) if _normal(sample.square) else x.double() * square.rsqrt()
+    unit = _wide_enough(sample.positions(), sample.rms) / sample.rms
     return _scalar(unit.square().square().mean(dtype=torch.float64))
 
 
@@ -120,7 +120,7 @@ def token_variance(sample: Sample) -> Value | Absent:
     The ``act_var`` of signal propagation (Xiong et al. 2020, arXiv:2002.04745, Lemma 2). Two-pass,
     so a large mean costs no digits.
     """
-    x = sample.positions()
+    x = _wide_enough(sample.positions(), sample.rms)
     if x.shape[-1] < 2:
         return Absent("one element")
     return _scalar(x.var(-1, correction=0).mean(dtype=torch.float64))
@@ -130,16 +130,18 @@ def token_variance(sample: Sample) -> Value | Absent:
 def token_cosine(sample: Sample) -> Value | Absent:
     """Mean cosine between different tokens of one sequence. [B, T, d] -> []. Unit: 1.
 
-    (|sum_t u_t|^2 - T) / (T (T - 1)) with u_t = x_t / |x_t|, averaged over sequences of at least two
-    valid tokens. 1 means rank collapse (Dong et al. 2021, arXiv:2103.03404; Noci et al. 2022,
+    (|sum_t u_t|^2 - T) / (T (T - 1)) with u_t = x_t / |x_t|, averaged over the valid tokens of the
+    sequences that have at least two (longer sequences weigh more). 1 means rank collapse (Dong et al. 2021, arXiv:2103.03404; Noci et al. 2022,
     arXiv:2206.03126). NaN where a token is exactly zero.
     """
     x = sample.x
-    if x.dim() != 3:
+    if x.dim() != 3 or sample.feature_axis != -1:
         return Absent("not supported: no token axis")
+    x = _wide_enough(x, sample.rms) / sample.rms
     if sample.token_axis == 0:
         x = x.transpose(0, 1)
-    unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # The norm in float64: the square of a small token leaves float32's range.
+    unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64).to(x.dtype)
     if sample.valid is None:
         tokens = torch.full((x.shape[0],), float(x.shape[1]), dtype=torch.float64, device=x.device)
     else:
@@ -150,8 +152,8 @@ def token_cosine(sample: Sample) -> Value | Absent:
         return Absent("not supported: one token")
     total = unit.sum(1).double().square().sum(-1)
     long = tokens >= 2
-    cosine = torch.where(long, (total - tokens) / (tokens * (tokens - 1)), 0.0)
-    return _scalar(cosine.sum() / long.sum())
+    cosine = torch.where(long, (total - tokens) / (tokens - 1), 0.0)  # times the number of tokens
+    return _scalar(cosine.sum() / torch.where(long, tokens, 0.0).sum())
 
 
 @kernel("input_cosine")
@@ -163,9 +165,14 @@ def input_cosine(sample: Sample) -> Value | Absent:
         return Absent("not supported: the width differs from the input's")
     origin = Sample(sample.input, sample.feature_axis, sample.token_axis, sample.valid).positions()
     x = sample.positions()
-    dot = torch.linalg.vecdot(x, origin)
-    norm = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(origin, dim=-1)
-    return _scalar((dot / norm).mean(dtype=torch.float64))
+    return _scalar(torch.linalg.vecdot(_directions(x), _directions(origin)).mean())
+
+
+def _directions(x: Tensor) -> Tensor:
+    # Divided by the largest element first: the square of a small one leaves the range of any dtype.
+    x = x.double()
+    x = x / x.abs().amax()
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 # -- the moments, which every recorded step has -------------------------------------------------
@@ -187,8 +194,11 @@ def measure(
     Args:
         x: any real floating tensor; not modified, not kept.
         columns: `ACTIVATION` or `GRADIENT`.
-        feature_axis, token_axis, valid, input: see `Sample`. ``valid`` applies where its shape is
-            that of the leading axes, and leaves padding out of every value and count.
+        feature_axis: see `Sample`.
+        token_axis: see `Sample`.
+        valid: see `Sample`; applies where its shape is that of the leading axes, and leaves padding
+            out of every value and count.
+        input: see `Sample`.
         slow: whether the slow statistics are due.
         stream: whether this is a position of the residual stream.
 
@@ -208,6 +218,8 @@ def measure(
         x = x.reshape(1, -1)
         feature_axis = -1
     features = x.shape[feature_axis]
+    if valid is not None and token_axis == 0 and x.dim() == 3:
+        valid = valid.transpose(0, 1)
     if valid is not None and (feature_axis != -1 or x.shape[:-1] != valid.shape):
         valid = None
     if valid is not None and x.device.type == "cpu" and not bool(valid.any()):
@@ -222,7 +234,7 @@ def measure(
     count = moments["count"]
     moments["tokens"] = count / features
     l2 = moments["l2"]
-    sample.square = l2 * l2 / count
+    sample.rms = l2 / count**0.5
     for i, name in enumerate(columns):
         if name in moments:
             values[i] = moments[name]
@@ -239,7 +251,7 @@ def measure(
             absent[i] = result.why
         else:
             values[i] = result
-    if x.device.type == "cpu" and count == 1 and "variance" in columns:
+    if isinstance(count, float) and count == 1 and "variance" in columns:
         absent[columns.index("variance")] = "one element"
     return values, absent
 
@@ -259,7 +271,7 @@ def _moments_on_cpu(flat: Tensor) -> dict[str, Value]:
         return values
     values["nonfinite"] = 0.0
     mean = total / count
-    squares = torch.dot(flat, flat).item()
+    squares = _dot(flat, flat)
     if absmax > 0 and not (count * _SAFE_LOW[flat.dtype] < squares < math.inf):
         return values | _scaled(flat, absmax)
     spread = squares / count - mean * mean
@@ -317,12 +329,20 @@ def inner_product(a: Tensor, b: Tensor) -> Value:
     a, b = _flat(a), _flat(b)
     if a.device.type != "cpu":
         return (a.double() * b.double()).sum()
-    product = torch.dot(a, b).item() if a.dtype == b.dtype else math.nan
+    product = _dot(a, b) if a.dtype == b.dtype else math.nan
     # Small or not finite: the product of float32 elements may have left the range. A sum that is
     # small because its terms cancel is redone as well, which costs time and no digits.
     if not (a.numel() * _SAFE_LOW[a.dtype] < abs(product) < math.inf):
-        product = torch.dot(a.double(), b.double()).item()
+        product = _dot(a.double(), b.double())
     return product
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """<a, b> of two vectors on a CPU, in pieces short enough for float32 accumulators."""
+    if a.numel() <= _MOST_AT_ONCE:
+        return torch.dot(a, b).item()
+    pieces = zip(a.split(_MOST_AT_ONCE), b.split(_MOST_AT_ONCE), strict=True)
+    return sum(torch.dot(x, y).item() for x, y in pieces)
 
 
 def difference_norm(a: Tensor, b: Tensor) -> Value:
@@ -330,11 +350,13 @@ def difference_norm(a: Tensor, b: Tensor) -> Value:
     difference = _flat(a) - _flat(b)
     if difference.device.type != "cpu":
         return _moments_robust(difference, None)["l2"]
-    return _norm_on_cpu(difference)
+    norm = _norm_on_cpu(difference)
+    # Two float32 elements of opposite sign may differ by more than float32 can hold.
+    return norm if math.isfinite(norm) else _norm_on_cpu(_flat(a).double() - _flat(b).double())
 
 
 def _norm_on_cpu(flat: Tensor) -> float:
-    squares = torch.dot(flat, flat).item()
+    squares = _dot(flat, flat)
     if flat.numel() * _SAFE_LOW[flat.dtype] < squares < math.inf:
         return math.sqrt(squares)
     absmax = flat.abs().amax().item() if flat.numel() else 0.0
@@ -377,7 +399,7 @@ def _dense(t: Tensor) -> Tensor:
         t = t.coalesce().values()
     elif t.layout != torch.strided:
         t = t.to_dense()
-    return torch.view_as_real(t) if t.is_complex() else t
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -385,8 +407,9 @@ def _flat(t: Tensor) -> Tensor:
     return (t if t.dtype in _SAFE_LOW else t.float()).reshape(-1)
 
 
-def _normal(square: Value) -> bool:
-    return isinstance(square, float) and 1e-30 < square < 1e30
+def _wide_enough(x: Tensor, rms: Value) -> Tensor:
+    """x in a dtype that holds the fourth powers of its typical elements, relative to 1."""
+    return x if isinstance(rms, float) and 1e-15 < rms < 1e15 else x.double()
 
 
 def _scalar(x: Tensor) -> Value:
@@ -399,7 +422,8 @@ def _scalar(x: Tensor) -> Value:
 def pool(names: Sequence[str], values: np.ndarray) -> np.ndarray:
     """Statistics of the concatenation of several samples, from those of each.
 
-    Exact for every column: as if the micro-batches had been one batch.
+    Exact for every column, as if the micro-batches had been one batch; for ``token_cosine`` where
+    every sequence has at least two valid tokens.
 
     Args:
         names: the columns.
@@ -420,7 +444,9 @@ def pool(names: Sequence[str], values: np.ndarray) -> np.ndarray:
 
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (n * column("mean")).sum(0) / total if "mean" in at else np.nan
-        squares = np.square(column("l2"))
+        # Relative to the largest, per row: the square of a norm may leave float64's range.
+        largest = column("l2").max(0)
+        squares = np.square(column("l2") / np.where(largest > 0, largest, 1.0))
         for name, i in at.items():
             x = column(name)
             if name in ("count", "tokens", "zeros", "nonfinite", "dot_next"):
@@ -438,8 +464,9 @@ def pool(names: Sequence[str], values: np.ndarray) -> np.ndarray:
                 between = (n * np.square(column("mean") - mean)).sum(0)
                 out[:, i] = (inner + between) / (total - 1)
             elif name == "kurtosis":
-                fourth = np.where(n > 0, x * np.square(squares) / np.where(n > 0, n, 1.0), 0.0).sum(0)
-                out[:, i] = fourth * total / np.square(squares.sum(0))
+                # A sample of exact zeros has no kurtosis of its own, and adds only its count.
+                fourth = np.where(squares != 0, x * np.square(squares) / np.where(n > 0, n, 1.0), 0.0)
+                out[:, i] = fourth.sum(0) * total / np.square(squares.sum(0))
             elif name == "unit_skip":
                 out[:, i] = np.where(here, x, np.inf).min(0)
             else:  # means over positions

@@ -203,6 +203,10 @@ def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().mean()
 
 
+def weighted(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) * rows(4)).sum()
+
+
 def linear_depth(model: nn.Sequential, x: Tensor) -> float:
     """D of x ↦ Π(1 + W_l) x under the mean square loss, from the matrices: g(t) = Π(1 + tW)ᵀ δ."""
     eye = torch.eye(4, dtype=torch.float64)
@@ -343,12 +347,16 @@ def test_checkpointing() -> None:
                 x = checkpoint(block, x, use_reentrant=self.use_reentrant)
             return x
 
-    model, x = residual_stack(), rows(5, 4)
-    found = effective_depth(Checkpointed(model, False), x, mean_square, branches="blocks.*.f")
-    assert found.value == pytest.approx(linear_depth(model, x), rel=1e-12)
+    # The norm behind the branch keeps its input, so that the branch itself is run again.
+    x = rows(5, 4)
+    model = nn.Sequential(*[nn.Sequential(one, nn.LayerNorm(4)) for one in residual_stack()]).double()
+    expected = effective_depth(model, x, weighted, branches="*.0.f")
+    assert 0.1 < expected.value < 3
+    found = effective_depth(Checkpointed(model, False), x, weighted, branches="blocks.*.0.f")
+    assert found.value == pytest.approx(expected.value, rel=1e-12)
     assert found.branches == 3
     with pytest.raises(MeasureError, match="use_reentrant=False"):
-        effective_depth(Checkpointed(model, True), x, mean_square, branches="blocks.*.f")
+        effective_depth(Checkpointed(model, True), x, weighted, branches="blocks.*.0.f")
 
 
 def test_a_mapping_with_the_models_own_loss() -> None:

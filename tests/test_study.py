@@ -351,7 +351,7 @@ OUTCOME = TrainingOutcome(
     validation_loss=(5.5, 4.0),
     diverged_at=None,
     flush_denormal=True,
-    wall_time_s=1.5,
+    cpu_time_s=1.5,
 )
 
 

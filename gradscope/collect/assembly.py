@@ -81,6 +81,7 @@ class TrunkPass:
     calls: list[Call] = field(default_factory=list)
     edges: list[Any] = field(default_factory=list)
     branch_edges: dict[int, Any] = field(default_factory=dict)
+    unproven: list[int] = field(default_factory=list)
     input: Tensor | None = None
     held_activation: tuple[Tensor, int, Slot] | None = None
     held_gradient: tuple[Tensor, int, Slot] | None = None
@@ -206,6 +207,12 @@ class Assembler:
         for site, layer in enumerate(self.layers):
             if layer.branch is not None and layer.block is not None and self.verified.get(site, False):
                 branches.setdefault((layer.trunk, layer.block), []).append(site)
+        # Sites are in the order of definition, which need not be that of the forward pass.
+        came: dict[int, int] = {}
+        for call in (c for p in passes for c in p.calls):
+            came.setdefault(call.site, len(came))
+        for siblings in branches.values():
+            siblings.sort(key=lambda site: came.get(site, len(came)))
         block_site = {
             (x.trunk, x.block): s for s, x in enumerate(self.layers) if x.block is not None and x.is_block
         }
@@ -219,7 +226,9 @@ class Assembler:
                     # called again has one depth per call, in forward order.
                     depth = (block if once and block is not None else order) + 1.0
                     places.setdefault((call.site, call.index), (trunk, depth))
-                places.setdefault((-1 - self.trunks.index(trunk), 0), (trunk, 0.0))
+                # 0, unless the user chose later blocks only.
+                start = min(x.block or 0 for x in self.layers if x.is_block and x.trunk == trunk)
+                places.setdefault((-1 - self.trunks.index(trunk), 0), (trunk, float(start)))
             for call in p.calls:
                 layer = self.layers[call.site] if call.site >= 0 else None
                 if layer is None or layer.branch is None or layer.block is None:
@@ -324,6 +333,7 @@ class Assembler:
     ) -> tuple[str, float]:
         owner = self.parameters.entries[i].owner
         sites = {x.name: s for s, x in enumerate(self.layers)}
+        sites |= {part: s for s, x in enumerate(self.layers) for part in x.parts}
         while True:
             site = sites.get(owner)
             if site is not None and (site, 0) in places and places[site, 0][0]:

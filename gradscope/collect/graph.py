@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["Edge", "edge_of", "has_unit_skip", "is_branch", "sole_successors"]
 
@@ -17,6 +18,7 @@ type_node = Any  # torch.autograd.graph.Node has no public constructor to annota
 Edge = tuple[type_node, int]
 
 _ADD: Final = "AddBackward0"
+_SUBTRACT: Final = "SubBackward0"
 # Operations that hand a gradient on element by element, unchanged.
 _RELABEL: Final = frozenset(
     {
@@ -41,9 +43,13 @@ _MOST_NODES: Final = 2000
 
 
 def edge_of(tensor: Tensor) -> Edge | None:
-    """The graph edge of a tensor that has a history; None for a leaf or a constant."""
-    node = tensor.grad_fn
-    return None if node is None else (node, tensor.output_nr)
+    """The graph edge of a tensor that requires grad, also of a leaf; None for a constant."""
+    if not tensor.requires_grad:
+        return None
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def _next(edge: Edge) -> list[Edge]:
@@ -53,26 +59,28 @@ def _next(edge: Edge) -> list[Edge]:
 def has_unit_skip(output: Edge, source: Edge) -> bool:
     """Whether output = source + (something), with coefficient exactly 1, by adds alone.
 
-    Exactly one path of `AddBackward0` nodes with alpha = 1 leads from the output to the source: two
-    such paths would be 2 x, a path through any other node proves nothing.
+    Exactly one path of additions leads from the output to the source, and nothing on it scales: two
+    such paths would be 2 x, a path through any other operation proves nothing.
     """
     paths = 0
-    stack = [output]
+    stack = [(output, True)]
     visited = 0
     while stack and visited < _MOST_NODES:
-        edge = stack.pop()
+        edge, plain = stack.pop()
         visited += 1
         if edge == source:
+            if not plain:
+                return False
             paths += 1
             continue
-        if edge[0].name() != _ADD:
+        name = edge[0].name()
+        if name not in (_ADD, _SUBTRACT):
             continue
         for place, (node, number) in enumerate(edge[0].next_functions):
-            # alpha scales the second operand only.
-            if node is not None and (place == 0 or _alpha(edge[0]) == 1):
-                stack.append((node, number))
-            elif node is not None and (node, number) == source:
-                return False
+            if node is not None:
+                # alpha, and the sign, belong to the second operand only.
+                same = place == 0 or (name == _ADD and _alpha(edge[0]) == 1)
+                stack.append(((node, number), plain and same))
     return paths == 1 and not stack
 
 
@@ -128,7 +136,7 @@ def _carries(start: Edge, source: Edge) -> bool:
 
 
 def sole_successors(
-    outputs: Iterable[Edge], streams: Mapping[str, Sequence[Edge]]
+    outputs: Iterable[Edge], streams: Mapping[str, Sequence[Edge | None]]
 ) -> dict[str, list[bool]]:
     """For each stream position, whether the next position is its only consumer.
 
@@ -138,7 +146,7 @@ def sole_successors(
 
     Args:
         outputs: edges of the model's outputs.
-        streams: by trunk, the edges of h_0 .. h_L in forward order.
+        streams: by trunk, the edges of h_0 .. h_L in forward order; None where one is a constant.
 
     Returns:
         by trunk, one flag for each of h_0 .. h_{L-1}.
@@ -146,7 +154,8 @@ def sole_successors(
     owner: dict[Edge, tuple[str, int]] = {}
     for trunk, edges in streams.items():
         for i, edge in enumerate(edges):
-            owner[edge] = (trunk, i)
+            if edge is not None:
+                owner[edge] = (trunk, i)
     sole = {trunk: [True] * max(len(edges) - 1, 0) for trunk, edges in streams.items()}
 
     def region(starts: Iterable[Edge], successor: tuple[str, int] | None) -> None:
@@ -168,5 +177,6 @@ def sole_successors(
     region(outputs, None)
     for trunk, edges in streams.items():
         for i, edge in enumerate(edges):
-            region(_next(edge), (trunk, i))
+            if edge is not None:
+                region(_next(edge), (trunk, i))
     return sole

@@ -31,7 +31,7 @@ from gradscope.collect.sampling import Sampler
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.setting import compiled_sites, describe, refusal
 from gradscope.errors import GradscopeError, GradscopeWarning
-from gradscope.layers import Layer, Selection, select
+from gradscope.layers import Layer, Selection, named_layers, select
 from gradscope.record import STATISTICS, Record, RecordWriter, Step, thin
 
 __all__ = ["Recorder"]
@@ -143,10 +143,12 @@ class Recorder:
     def _attach(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         keep = self._handles.append
         keep(model.register_forward_pre_hook(probes.RootStartProbe(self), with_kwargs=True))
+        modules_by_name = named_layers(model)
         for site, (layer, module) in enumerate(zip(self.layers, modules, strict=True)):
             if layer.is_block:
                 probe = probes.BlockInputProbe(self, site)
-                keep(module.register_forward_pre_hook(probe, with_kwargs=True))
+                entry = modules_by_name[layer.parts[0]] if layer.parts else module
+                keep(entry.register_forward_pre_hook(probe, with_kwargs=True))
             keep(module.register_forward_hook(probes.ForwardProbe(self, site), with_kwargs=True))
         keep(model.register_forward_hook(probes.RootEndProbe(self), always_call=True))
         me = weakref.ref(self)

@@ -158,7 +158,7 @@ class Sampler:
         values, absent = statistics.measure(
             tensor,
             ACTIVATION,
-            feature_axis=_feature_axis(layer, tensor),
+            feature_axis=layer.feature_axis(tensor.dim()),
             token_axis=layer.token_axis,
             valid=p.valid,
             input=state.input if state is not None else None,
@@ -216,7 +216,11 @@ class Sampler:
             if edge is None or before is None or read is None:
                 previous.unit_skip = None
             else:
-                previous.unit_skip = before == read and graph.has_unit_skip(edge, before)
+                adds = before == read and graph.has_unit_skip(edge, before)
+                # Not proven before the forward's end shows that nothing else reads the position.
+                previous.unit_skip = None if adds else False
+                if adds:
+                    state.unproven.append(len(state.calls) - 2)
                 for site, branch in state.branch_edges.items():
                     self.verified[site] = graph.is_branch(branch, edge, read)
             self._proofs[call.site, call.index] = previous.unit_skip
@@ -224,14 +228,20 @@ class Sampler:
         state.edges.append(edge)
 
     def prove_sole_consumers(self, p: Pass, output: Any) -> None:
-        """Withdraw the unit skip of positions that something besides the next block reads."""
-        streams = {t: list(s.edges) for t, s in p.trunks.items() if s.edges and None not in s.edges}
+        """Grant the unit skip to the positions that only the next block reads.
+
+        An output in which no tensor can be seen proves nothing.
+        """
+        streams = {t: list(s.edges) for t, s in p.trunks.items() if s.unproven}
         outputs = [e for t in probes.tensors_in(output) if (e := graph.edge_of(t)) is not None]
+        if not outputs:
+            return
         for trunk, flags in graph.sole_successors(outputs, streams).items():
-            calls = p.trunks[trunk].calls
-            for call, after, sole in zip(calls, calls[1:], flags, strict=False):
-                if call.unit_skip and not sole:
-                    call.unit_skip = self._proofs[after.site, after.index] = False
+            state = p.trunks[trunk]
+            for i in state.unproven:
+                after = state.calls[i + 1]
+                state.calls[i].unit_skip = self._proofs[after.site, after.index] = flags[i]
+            state.unproven = []
 
     # -- backward ------------------------------------------------------------------------------------
 
@@ -245,7 +255,7 @@ class Sampler:
         slot.gradient, slot.gradient_absent = statistics.measure(
             grad,
             GRADIENT,
-            feature_axis=_feature_axis(layer, grad),
+            feature_axis=layer.feature_axis(grad.dim()),
             token_axis=layer.token_axis,
             valid=p.valid,
             slow=self.slow,
@@ -269,11 +279,6 @@ class Sampler:
             slot.gradient[difference] = statistics.difference_norm(grad, held[0])
             return
         slot.gradient_absent.update(dict.fromkeys(_GRADIENT_PAIR, reason))
-
-
-def _feature_axis(layer: Layer, tensor: Tensor) -> int:
-    # A pooling or norm layer on [batch, features] has its features last, as everything else.
-    return layer.feature_axis if tensor.dim() >= 3 else -1
 
 
 def _replace(args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor) -> Any:

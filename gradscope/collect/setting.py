@@ -17,7 +17,7 @@ __all__ = ["compiled_sites", "describe", "refusal"]
 
 def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
     """The entries of a Record's header that model and machine determine."""
-    import gradscope
+    from gradscope import __version__
 
     parameters = list(model.parameters())
     blocks: dict[str, int] = {}
@@ -27,7 +27,7 @@ def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
     return {
         "model": type(model).__name__,
         "versions": {
-            "gradscope": gradscope.__version__,
+            "gradscope": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "numpy": np.__version__,

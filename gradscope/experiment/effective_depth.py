@@ -110,7 +110,8 @@ def effective_depth(
         model: the model, in the mode in which it is to be measured, usually ``model.eval()``.
         batch: tensors, or nested tuples, lists and mappings of them. Tensors without dimensions and
             things that are no tensors are passed on as they are; all others are copied.
-        loss: ``loss(model, batch)`` → scalar tensor. It must call the model that it is given. None: ``model(**batch).loss``.
+        loss: ``loss(model, batch)`` → scalar tensor. It must call the model that it is given.
+            None: ``model(**batch).loss``.
         branches: names, or globs, of the modules whose outputs are added to the stream, such as
             ``["blocks.*.attention", "blocks.*.mlp"]``; in a stack without skips, the layers. **You
             vouch for them**: a module whose output is something else (one that adds the skip itself,

@@ -164,16 +164,16 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """
     if not isinstance(batch, Mapping):
         raise MeasureError(
-            "Without loss=, the batch must be a mapping of the model's arguments with labels, because the "
-            f"loss is model(**batch).loss; the batch is a {type(batch).__name__}. Write "
+            "Without loss=, the batch must be a mapping of the model's arguments with labels, because "
+            f"the loss is model(**batch).loss; the batch is a {type(batch).__name__}. Write "
             "loss=lambda model, batch: ..."
         )
     output = model(**batch)
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if found is None:
         raise MeasureError(
-            f"model(**batch) returned a {type(output).__name__} without a loss. Put labels into the batch, "
-            "or write loss=lambda model, batch: ..."
+            f"model(**batch) returned a {type(output).__name__} without a loss. Put labels into the "
+            "batch, or write loss=lambda model, batch: ..."
         )
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +23,9 @@ __all__ = ["layer_table", "render"]
 
 #: A terminal at least this wide gets the bar column.
 _WIDE: Final = 100
+#: Class names are cut to this length, in a narrow and in a wide table.
+_TYPE: Final = 9
+_TYPE_WIDE: Final = 24
 #: Half a bar stands for the last layer's flow; a character more or less is this many nats.
 _BAR: Final = 16
 _NATS_PER_CHARACTER: Final = 2.0
@@ -52,7 +55,7 @@ def layer_table(record: Record, step: int | None = None, *, wide: bool = False) 
     """A table with one line per stream position and branch, by trunk and depth.
 
     Columns: depth, layer (without the trunk's name), type, gradient flow, its ratio to the trunk's
-    last position, activation variance, largest absolute activation, number of non-finite elements
+    last position, activation variance, largest absolute activation, number of NaN and infinite elements
     (activation and gradient), norm of the module's parameter gradients, and why values are absent.
     Several replicates are shown as geometric mean (flow, variance, parameters), maximum and sum.
     Without a trunk, every watched layer has a line.
@@ -81,8 +84,8 @@ def layer_table(record: Record, step: int | None = None, *, wide: bool = False) 
         title = f"{title}, trunk {trunks[0]}"
     table = Table(
         box=_ascii(SIMPLE_HEAD),
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,
         title=Text(title),
         title_justify="left",
         caption=_caption(steps, number, variance_from, denominator is None),
@@ -90,14 +93,16 @@ def layer_table(record: Record, step: int | None = None, *, wide: bool = False) 
         title_style="bold",
         caption_style="",
     )
-    table.add_column("depth", justify="right", no_wrap=True)
-    table.add_column("layer", overflow="fold", min_width=8)
-    table.add_column("type", overflow="fold", min_width=5)
-    names = ("grad flow", "over last", "act var", "max |x|", "not finite", "param grad")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=False, min_width=max(6, *map(len, name.split())))
+    type_width = max([4, *(min(len(line.type), _TYPE_WIDE if wide else _TYPE) for line in lines)])
+    table.add_column("depth", justify="right", width=5)
+    table.add_column("layer", overflow="fold", min_width=6)
+    table.add_column("type", width=type_width)
+    for name in ("grad\nflow", "over\nlast", "act\nvar", "max\n|x|"):
+        table.add_column(name, justify="right", width=7)
+    table.add_column("nan,\ninf", justify="right", width=4)
+    table.add_column("param\ngrad", justify="right", width=7)
     if wide:
-        table.add_column("| = 1, # = 2 nats", no_wrap=True, min_width=_BAR + 1)
+        table.add_column("over last:\n| is 1, # 2 nats", width=_BAR + 1)
     table.add_column("status", overflow="fold", min_width=6)
     for trunk in trunks:
         group = [line for line in lines if line.key[0] == trunk]
@@ -105,7 +110,8 @@ def layer_table(record: Record, step: int | None = None, *, wide: bool = False) 
         if len(trunks) > 1:
             table.add_row("", Text(trunk, style="bold"))
         for line in group:
-            trouble, cells = _row(line, trunk, denominator, last, wide)
+            trouble, cells = _row(line, denominator, last, wide)
+            cells[2] = _clip(cells[2], type_width)
             style = {"broken": "bold red", "zero": "yellow", "absent": "dim"}.get(trouble, "")
             table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
@@ -187,11 +193,8 @@ def _collect(record: Record, steps: Sequence[Step]) -> list[_Line]:
                 key = (trunk, -1.0 if depth != depth else depth, layer, call)
                 types.setdefault(key, kind)
                 values.setdefault((key, signal, statistic), []).append(entry)
-    stream = {
-        (trunk, *place)
-        for trunk in record.trunks
-        for place in Trunk(Record({}, tuple(steps)), trunk).stream
-    }
+    axis = Record({}, tuple(steps))
+    stream = {(trunk, *place) for trunk in axis.trunks for place in Trunk(axis, trunk).stream}
     lines = {key: _Line(key, kind, key in stream, {}) for key, kind in types.items()}
     for (key, signal, statistic), entries in values.items():
         lines[key].cells[signal, statistic] = _cell(entries)
@@ -227,7 +230,8 @@ def _parameter_norm(layer: str, parameters: dict[str, list[tuple[float, str]]]) 
 def _fill_variance(record: Record, number: int, lines: Sequence[_Line]) -> int | None:
     """Where act_var was not sampled at this step, take it from the last step before that has it."""
     key = ("activation", "token_variance")
-    if any(not line.cell(*key).missing for line in lines):
+    cells = [line.cell(*key) for line in lines]
+    if any(not cell.missing for cell in cells) or not any("not sampled" in c.reasons for c in cells):
         return None
     for earlier in sorted({s.step for s in record.steps if s.step < number}, reverse=True):
         found = {n.key: n for n in _collect(record, [s for s in record.steps if s.step == earlier])}
@@ -259,11 +263,9 @@ def _last_flow(lines: Sequence[_Line], denominator: float | None) -> float:
     return math.nan
 
 
-def _row(
-    line: _Line, trunk: str, denominator: float | None, last: float, wide: bool
-) -> tuple[str, list[str]]:
-    _, depth, layer, call = line.key
-    name = layer.removeprefix(f"{trunk}.") if trunk else layer
+def _row(line: _Line, denominator: float | None, last: float, wide: bool) -> tuple[str, list[str]]:
+    trunk, depth, layer, call = line.key
+    name = "input" if line.type == "Stream" else layer.removeprefix(f"{trunk}.") if trunk else layer
     indent = "" if line.on_stream or depth < 0 else "  "
     flow = _flow(line, denominator)
     mean = math.nan if flow.missing else _geometric(flow.values)
@@ -273,6 +275,8 @@ def _row(
     trouble = "broken" if bad or (not flow.missing and not math.isfinite(mean)) else ""
     zeros = int((flow.values == 0).sum())
     reasons = _reasons(line, flow)
+    if trouble:
+        reasons.insert(0, "not finite")
     if zeros:
         trouble = trouble or "zero"
         reasons.insert(
@@ -306,7 +310,11 @@ def _reasons(line: _Line, flow: _Cell) -> list[str]:
 
 def _short(why: str) -> str:
     why = re.sub(r"\s+", " ", why)
-    return why if len(why) <= 28 else f"{why[:25]}..."
+    return _clip(why, 28)
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 2]}.."
 
 
 def _geometric(values: npt.NDArray[np.float64]) -> float:

@@ -17,13 +17,13 @@ class InitialisationOutcome:
         effective_depth: D of each seed; None where it could not be had (see the status) and for
             units that do not ask for it.
         effective_depth_status: ``ok``, or why D is absent, one per seed.
-        wall_time_s: seconds that the unit took.
+        cpu_time_s: CPU seconds that the unit took, whatever else the machine did.
     """
 
     branches: int
     effective_depth: tuple[float | None, ...]
     effective_depth_status: tuple[str, ...]
-    wall_time_s: float
+    cpu_time_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class TrainingOutcome:
         validation_loss: nats per byte.
         diverged_at: the step at which the loss was NaN or infinite and the run ended, or None.
         flush_denormal: whether denormal numbers were flushed to zero, as tried out.
-        wall_time_s: seconds that the unit took.
+        cpu_time_s: CPU seconds that the unit took, whatever else the machine did.
     """
 
     train_loss: tuple[float, ...]
@@ -44,7 +44,7 @@ class TrainingOutcome:
     validation_loss: tuple[float, ...]
     diverged_at: int | None
     flush_denormal: bool
-    wall_time_s: float
+    cpu_time_s: float
 
     @property
     def final_loss(self) -> float:
