@@ -115,6 +115,17 @@ def test_a_chain_of_linear_layers_is_as_deep_as_it_is_long(layers: int) -> None:
     assert not x.requires_grad
 
 
+def test_a_stream_of_one_number_per_sample() -> None:
+    class Cube(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x**3
+
+    x = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    model = nn.Sequential(Residual(Cube()))
+    found = effective_depth(model, x, lambda m, b: m(b).sum(), branches="0.f")
+    np.testing.assert_allclose(found.per_sample, 3 * x**2 / (1 + 3 * x**2), rtol=1e-12)
+
+
 class LinearBlock(nn.Module):
     """x + W rmsnorm(x), with W of variance 1/width: the mean-field model of pre-norm."""
 

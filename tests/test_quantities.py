@@ -353,3 +353,23 @@ def test_several_trunks_must_be_chosen_from_unless_only_one_has_values() -> None
     b.absent = {i: "no gradient path" for i, row in enumerate(b.rows) if row[0] == "encoder"}
     one = history(Record(HEADER, (b.step(),)), "grad_l2")
     assert one.trunk == "decoder" and "only 'decoder'" in one.notes[0]
+
+
+def test_a_gradient_that_dies_towards_the_input_has_no_direction_there() -> None:
+    g = np.random.default_rng(0).normal(size=(3, 5))
+    record = Record(HEADER, (stream_step([g, 0 * g, g]),))
+    assert history(record, "gradient_cosine").status[0].tolist() == ["zero gradient", "zero gradient"]
+    # δ_0 ≠ 0 from δ_1 = 0: all of it came by the branch.
+    assert history(record, "skip_share").value[0].tolist() == [0.0, 0.5]
+    assert history(record, "local_depth").value[0, 0] == 1.0
+
+
+def test_two_attentions_in_one_block_are_stacked_and_absent_together() -> None:
+    b = Builder()
+    for k, second in enumerate(((4.0, 0.0, 12.0), ("frozen", "frozen", "frozen"))):
+        for role, value, other in zip("qkv", (3.0, 0.0, 5.0), second, strict=True):
+            b.parameter(k + 1 / 3, f"h.{k}.self_attn.{role}_proj.weight", {GRAD: value})
+            b.parameter(k + 2 / 3, f"h.{k}.cross_attn.{role}_proj.weight", {GRAD: other})
+    found = history(Record(HEADER, (b.step(),)), "qk_ratio")
+    assert found.value[0, 0] == pytest.approx(5 / 13, rel=1e-12)
+    assert found.status[0].tolist() == ["ok", "frozen"]

@@ -16,12 +16,16 @@ import pytest
 from gradscope.analysis import Interval, interval
 from gradscope.errors import StudyError
 from gradscope.record import Record
-from gradscope.study import PLANS, claims, load_text
-from gradscope.study.claims import Flow, Tokens, Trained
+from gradscope.study import PLANS, load_text
+from gradscope.study import claims_at_initialisation as at_initialisation
+from gradscope.study import claims_in_training as in_training
+from gradscope.study.claims_at_initialisation import Flow, Tokens
+from gradscope.study.claims_in_training import Trained
 from gradscope.study.outcome import TrainingOutcome
 from gradscope.study.plan import Plan, Unit
 from gradscope.study.store import Store
 from gradscope.study.text import MINIMUM_BYTES, Text
+from gradscope.study.words import interval_text, number_text
 
 TINY = PLANS["tiny"]
 NONE = Interval(estimate=math.nan, low=math.nan, high=math.nan, confidence=0.95, count=0)
@@ -183,50 +187,52 @@ def test_the_best_rate_is_the_lowest_mean_loss_and_never_one_that_diverged() -> 
     ],
 )
 def test_flow_verdicts_need_the_whole_interval(rate: float, half: float, verdict: str) -> None:
-    assert claims.flow_verdict(flow(12, rate, half)) == verdict
+    assert at_initialisation.flow_verdict(flow(12, rate, half)) == verdict
 
 
 def test_without_an_interval_nothing_is_decided_and_zeros_are_underflow() -> None:
     single = interval([-40.0])
-    assert claims.flow_verdict(Flow(depth=12, delta=single, increment=single)) == "is undecided"
+    assert (
+        at_initialisation.flow_verdict(Flow(depth=12, delta=single, increment=single)) == "is undecided"
+    )
     zeros = interval([-math.inf, -math.inf])
     under = Flow(depth=12, delta=zeros, increment=NONE, zeros=3, values=26)
-    assert claims.flow_verdict(under) == "underflows"
-    sentence = claims.flow("x", [under])
+    assert at_initialisation.flow_verdict(under) == "underflows"
+    sentence = at_initialisation.flow("x", [under])
     assert "underflows to exact zeros" in sentence
     assert "3 of 26 norms are exactly 0" in sentence
     assert "Nats per block" not in sentence  # no rate through zeros
 
 
 def test_flow_says_one_verdict_for_all_depths_or_each_where_it_holds() -> None:
-    vanishing = claims.flow("net", flows(-2.8, -2.8, -2.8, -2.8))
+    vanishing = at_initialisation.flow("net", flows(-2.8, -2.8, -2.8, -2.8))
     assert "vanishes towards the input at every depth measured (6 to 48 blocks)" in vanishing
     assert "−2.80 [−2.81, −2.79] at 6" in vanishing
     assert "4e−59 times" in vanishing  # e^(−2.8 · 48) = 4.2e−59
-    mixed = claims.flow("net", flows(0.01, 0.01, 0.5, 0.5))
+    mixed = at_initialisation.flow("net", flows(0.01, 0.01, 0.5, 0.5))
     assert "keeps its norm" in mixed and "at 6 and 12 blocks" in mixed
     assert "explodes towards the input at 24 and 48 blocks" in mixed
 
 
 def test_contrast_holds_somewhere_everywhere_or_nowhere() -> None:
     steep, flat = flows(-2.0, -2.0, -2.0, -2.0), flows(0.03, 0.03, 0.02, 0.01)
-    assert "holds at every depth measured" in claims.contrast("a", steep, "b", flat)
-    swapped = claims.contrast("b", flat, "a", steep)
+    assert "holds at every depth measured" in at_initialisation.contrast("a", steep, "b", flat)
+    swapped = at_initialisation.contrast("b", flat, "a", steep)
     assert "does not show at any depth" in swapped
-    partly = claims.contrast("a", flows(-2.0, -2.0, -0.5, -2.0), "b", flat)
+    partly = at_initialisation.contrast("a", flows(-2.0, -2.0, -0.5, -2.0), "b", flat)
     assert "holds at 6, 12 and 48 blocks only" in partly
-    touching = claims.contrast("a", flows(-1.005, half=0.01), "b", flows(0.0))
+    touching = at_initialisation.contrast("a", flows(-1.005, half=0.01), "b", flows(0.0))
     assert "does not show" in touching  # the interval reaches above −1
 
 
 def test_initialisation_dependence_reverses_agrees_or_differs() -> None:
     falls, rises, stays = flows(-2.0, -2.0), flows(2.0, 2.0), flows(0.01, 0.01)
-    reverses = claims.initialisation_dependence("net", {"torch": falls, "He": rises})
+    reverses = at_initialisation.initialisation_dependence("net", {"torch": falls, "He": rises})
     assert "reverses under He" in reverses
     assert "at 12 blocks" in reverses
-    same = claims.initialisation_dependence("net", {"torch": falls, "Xavier": falls})
+    same = at_initialisation.initialisation_dependence("net", {"torch": falls, "Xavier": falls})
     assert "does the same under every initialisation" in same
-    differs = claims.initialisation_dependence("net", {"torch": falls, "Xavier": stays})
+    differs = at_initialisation.initialisation_dependence("net", {"torch": falls, "Xavier": stays})
     assert "depends on the initialisation" in differs
     assert "reverses" not in differs
 
@@ -240,25 +246,27 @@ def test_a_net_is_dead_only_with_both_signs_and_preserved_only_with_the_norm() -
     kept, lost = flows(0.09, 0.05), flows(-3.0, -3.0)
     assert (
         "keeps the norm of its gradient at every depth measured, and the net is dead"
-        in claims.dead_net("net", kept, [collapsed, collapsed])
+        in at_initialisation.dead_net("net", kept, [collapsed, collapsed])
     )
-    assert "at 12 blocks, and the net is dead there" in claims.dead_net("net", kept, [alive, collapsed])
-    assert "no rank collapse" in claims.dead_net("net", kept, [alive, alive])
-    assert "no rank collapse" in claims.dead_net("net", kept, [half_dead, half_dead])
-    gone = claims.dead_net("net", lost, [collapsed, collapsed])
+    assert "at 12 blocks, and the net is dead there" in at_initialisation.dead_net(
+        "net", kept, [alive, collapsed]
+    )
+    assert "no rank collapse" in at_initialisation.dead_net("net", kept, [alive, alive])
+    assert "no rank collapse" in at_initialisation.dead_net("net", kept, [half_dead, half_dead])
+    gone = at_initialisation.dead_net("net", lost, [collapsed, collapsed])
     assert "is dead by rank collapse at 6 and 12 blocks" in gone
     assert "keeps the norm" not in gone
 
 
 def test_not_flat_needs_zero_outside_every_interval() -> None:
-    power = claims.not_flat("net", flows(0.08, 0.06, 0.04, 0.02, half=0.002))
+    power = at_initialisation.not_flat("net", flows(0.08, 0.06, 0.04, 0.02, half=0.002))
     assert "is not flat" in power and "grows towards the input" in power
     assert "rate itself shrinks" in power
-    exponential = claims.not_flat("net", flows(0.05, 0.05, half=0.002))
+    exponential = at_initialisation.not_flat("net", flows(0.05, 0.05, half=0.002))
     assert "is not flat" in exponential and "shrinks" not in exponential
-    falling = claims.not_flat("net", flows(-0.08, -0.02, half=0.002))
+    falling = at_initialisation.not_flat("net", flows(-0.08, -0.02, half=0.002))
     assert "falls towards the input" in falling and "shrinks" in falling
-    flat = claims.not_flat("net", flows(0.001, 0.06, half=0.002))
+    flat = at_initialisation.not_flat("net", flows(0.001, 0.06, half=0.002))
     assert "cannot be told from flat at 6 blocks" in flat
 
 
@@ -277,41 +285,78 @@ QUICK = trained("with", (5, 3, 2.5, 2.0), (5, 3, 2.4, 2.01), (5, 3, 2.6, 1.99))
 SLOW = trained("without", (5, 4, 3.5, 3.3), (5, 4, 3.5, 3.31), (5, 4, 3.5, 3.29))
 
 
-def test_learned_context_or_only_frequencies_or_undecided_or_diverged() -> None:
-    assert "has learned from the context" in claims.learned_context(QUICK, 3.3)
-    assert "learned nothing but how frequent" in claims.learned_context(SLOW, 3.3)
+def test_learned_context_or_only_frequencies_or_less_or_undecided_or_diverged() -> None:
+    assert "has learned from the context" in in_training.learned_context(QUICK, 3.3)
+    assert "how frequent each byte is, and nothing else" in in_training.learned_context(SLOW, 3.3)
+    assert "not even learned" in in_training.learned_context(SLOW, 2.3)
     wide = trained("wide", (5, 4, 3, 2.0), (5, 4, 3, 3.3), (5, 4, 3, 4.0))
-    assert "not told from byte frequencies" in claims.learned_context(wide, 3.3)
+    assert "not told from byte frequencies" in in_training.learned_context(wide, 3.3)
     broken = trained("broken", (5, 4), (5, 4, 3, 2.0), (5, 4, 3, 2.0))
-    assert "diverged in 1 of 3 runs" in claims.learned_context(broken, 3.3)
+    assert "diverged in 1 of 3 runs" in in_training.learned_context(broken, 3.3)
+
+
+def test_post_norm_alone_vanishes_is_kept_or_neither() -> None:
+    assert "does not vanish by itself" in at_initialisation.post_norm_alone("post", flows(-0.02, -0.02))
+    vanishing = at_initialisation.post_norm_alone("post", flows(-0.2, -0.2, -0.2, -0.2))
+    assert "vanishes at 24 and 48 blocks" in vanishing and "by itself" not in vanishing
+    undecided = at_initialisation.post_norm_alone("post", flows(0.02, 0.25, half=0.02))
+    assert "not shown to vanish, nor" in undecided
+
+
+def test_variants_that_do_the_same_stand_together() -> None:
+    sentence = at_initialisation.grouped_flows(
+        {"a": flows(0.0, 0.0), "b": flows(-2.0, -2.0), "c": flows(0.01, 0.01), "d": flows(0.0, 2.0)}
+    )
+    assert "of a and c keeps its norm (Δ within ±3 nats) at every depth measured" in sentence
+    assert "of b vanishes towards the input at every depth measured" in sentence
+    assert "of d keeps its norm (Δ within ±3 nats) at 6 blocks; explodes" in sentence
+
+
+def test_effective_depths_from_many_to_few() -> None:
+    sentence = at_initialisation.effective_depths(
+        {
+            "some": about(1.5),
+            "more": about(2.5),
+            "chain": about(96.0),
+            "silent": about(0.0),
+            "gone": NONE,
+        },
+        48,
+        96,
+    )
+    assert "of 96 branches" in sentence
+    assert "all of them in chain; 2.50 [2.49, 2.51] in more; 1.50" in sentence
+    assert sentence.endswith("none in silent.")
+    assert "gone" not in sentence
+    assert "No effective depth" in at_initialisation.effective_depths({"gone": NONE}, 48, 96)
 
 
 def test_better_worse_or_no_difference() -> None:
-    assert "Trains better with skips" in claims.better_with(QUICK, SLOW, about(-1.0, 0.5))
-    assert "Trains worse with skips" in claims.better_with(QUICK, SLOW, about(1.0, 0.5))
-    assert "No difference shown" in claims.better_with(QUICK, SLOW, about(-1.0, 1.5))
+    assert "Trains better with skips" in in_training.better_with(QUICK, SLOW, about(-1.0, 0.5))
+    assert "Trains worse with skips" in in_training.better_with(QUICK, SLOW, about(1.0, 0.5))
+    assert "No difference shown" in in_training.better_with(QUICK, SLOW, about(-1.0, 1.5))
     open_end = interval([-math.inf, -1.0])
-    assert "No difference shown" in claims.better_with(QUICK, SLOW, open_end)
+    assert "No difference shown" in in_training.better_with(QUICK, SLOW, open_end)
 
 
 def test_faster_slower_never_or_mixed() -> None:
-    faster = claims.faster_with(QUICK, SLOW)
+    faster = in_training.faster_with(QUICK, SLOW)
     assert "Trains faster with skips" in faster
     assert (
         "came at step 30, 30 and 30 (by seed), with skips it was reached at step 10, 10 and 10" in faster
     )
-    assert "Not faster" in claims.faster_with(SLOW, QUICK)
+    assert "Not faster" in in_training.faster_with(SLOW, QUICK)
     late = trained("late", (5, 4, 4, 3.0), (5, 4, 4, 3.0))
     early = trained("early", (5, 3.2, 3.3, 3.3), (5, 3.2, 3.3, 3.3))
-    assert "Trains slower with skips" in claims.faster_with(late, early)
+    assert "Trains slower with skips" in in_training.faster_with(late, early)
     mixed = trained("mixed", (5, 3, 2.5, 2.0), (5, 4, 4, 3.31))
-    assert "Not shown to train faster" in claims.faster_with(mixed, SLOW)
+    assert "Not shown to train faster" in in_training.faster_with(mixed, SLOW)
 
 
 def test_rates_on_the_edge_are_named() -> None:
     inside = trained("inside", (1, 1, 1, 1.0))
-    assert "lies inside" in claims.rate_edges([inside])
-    sentence = claims.rate_edges(
+    assert "lies inside" in in_training.rate_edges([inside])
+    sentence = in_training.rate_edges(
         [inside, replace(inside, label="low", rate=1.0), replace(inside, label="high", rate=3.0)]
     )
     assert "smallest for low" in sentence and "largest for high" in sentence
@@ -319,27 +364,27 @@ def test_rates_on_the_edge_are_named() -> None:
 
 
 def test_robustness_follows_the_interval() -> None:
-    assert "“pre” is the more robust" in claims.robustness("pre", "post", about(-1.0, 0.5), 48)
-    assert "“post” is the more robust" in claims.robustness("pre", "post", about(1.0, 0.5), 48)
-    assert "neither" in claims.robustness("pre", "post", about(-1.0, 1.5), 48)
+    assert "“pre” is the more robust" in in_training.robustness("pre", "post", about(-1.0, 0.5), 48)
+    assert "“post” is the more robust" in in_training.robustness("pre", "post", about(1.0, 0.5), 48)
+    assert "neither" in in_training.robustness("pre", "post", about(-1.0, 1.5), 48)
 
 
 def test_zeros_in_training_are_said_only_where_they_are() -> None:
     clean = flow(12, -1.0)
-    assert claims.zeros_in_training("net", clean, clean) is None
-    sentence = claims.zeros_in_training("net", replace(clean, zeros=7), clean)
+    assert in_training.zeros_in_training("net", clean, clean) is None
+    sentence = in_training.zeros_in_training("net", replace(clean, zeros=7), clean)
     assert sentence is not None
     assert "7 of 65" in sentence and "0 of 65" in sentence and "underflow" in sentence
 
 
 def test_numbers_in_prose() -> None:
-    assert claims.number_text(-2.268) == "−2.27"
-    assert claims.number_text(4.2e-59) == "4.2e−59"
-    assert claims.number_text(0.0) == "0"
-    assert claims.number_text(math.nan) == "not known"
-    assert claims.number_text(math.inf) == "∞"
-    assert claims.interval_text(NONE) == "not known"
-    assert claims.interval_text(interval([1.0])) == "1.00"
+    assert number_text(-2.268) == "−2.27"
+    assert number_text(4.2e-59) == "4.2e−59"
+    assert number_text(0.0) == "0"
+    assert number_text(math.nan) == "not known"
+    assert number_text(math.inf) == "∞"
+    assert interval_text(NONE) == "not known"
+    assert interval_text(interval([1.0])) == "1.00"
 
 
 # -- files ---------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ class EffectiveDepth:
     Attributes:
         value: D, in branches; NaN where `status` is not ``ok``.
         branches: n, the number of calls of residual branches in one forward pass.
-        per_sample: D of each sample by its own gradient, [B] float64; NaN where that gradient is 0.
-            The value above weighs the samples by ‖g_b‖².
+        per_sample: D of each sample by its own gradient, [B] float64; NaN where that gradient is 0,
+            and empty where `value` is absent. That value weighs the samples by ‖g_b‖².
         reading_point: where g was read.
         gradient_l2: ‖g‖ there, of the loss as given on the batch as given.
         method: ``gradient``.
@@ -206,8 +206,9 @@ def _result(plain: _Pass, tagged: _Pass, untagged: Tensor, both: Tensor) -> Effe
             "gradient is too small for its dtype. Write a loss that is a mean or a sum over samples; for "
             "the dtype, model.double()."
         )
-    products = (a * b).movedim(dim, 0).flatten(1).sum(1).numpy()
-    squares = (a * a).movedim(dim, 0).flatten(1).sum(1).numpy()
+    samples = a.shape[dim]
+    products = (a * b).movedim(dim, 0).reshape(samples, -1).sum(1).numpy()
+    squares = (a * a).movedim(dim, 0).reshape(samples, -1).sum(1).numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         per_sample = np.where(squares > 0, products / squares, math.nan)
     return EffectiveDepth(

@@ -306,6 +306,6 @@ def _plain(x: float, _: int) -> str:
     return f"${power}$" if abs(factor - 1) < 1e-6 else f"${factor:.3g}\\times {power}$"
 
 
-def axis_label(name: str, unit: str, *, width: int = 32) -> str:
+def axis_label(name: str, unit: str, *, width: int = 34) -> str:
     """``Name [unit]``, broken into lines that fit beside a small plot."""
     return "\n".join(textwrap.wrap(f"{name[:1].upper()}{name[1:]} [{unit}]", width))

@@ -10,7 +10,8 @@
 A `Plan` says which variants of `gradscope.reference` are measured at initialisation and trained. Each
 finished unit of it is kept as one Record (by `gradscope.measure` or `gradscope.watch`), so that an
 interrupted study goes on where it was. The pictures, the table and the text are made of the Records
-alone; the rules by which the text is chosen stand in `gradscope.study.claims`.
+alone; the rules by which the text is chosen stand in `gradscope.study.claims_at_initialisation` and
+`gradscope.study.claims_in_training`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def draw_all(study: Study, out: Path) -> dict[str, str]:
     matplotlib.use("agg")  # picture files need no display
     captions: dict[str, str] = {}
     for name, draw in _PICTURES.items():
-        figure, captions[name] = draw(study)
+        with style.context():
+            figure, captions[name] = draw(study)
         _save(figure, out / name)
     return captions
 
@@ -55,10 +56,7 @@ def _figure(
 ) -> tuple[Figure, Any]:
     from matplotlib import pyplot
 
-    with style.context():
-        return pyplot.subplots(
-            rows, columns, figsize=(width_in, height_in), layout="constrained", **options
-        )
+    return pyplot.subplots(rows, columns, figsize=(width_in, height_in), layout="constrained", **options)
 
 
 def _at_depth(study: Study, depth: int) -> dict[str, AtInitialisation]:

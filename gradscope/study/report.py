@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
-from gradscope.study import claims
-from gradscope.study.claims import interval_text, number_text
+from gradscope.study import claims_at_initialisation as at_initialisation
+from gradscope.study import claims_in_training as in_training
 from gradscope.study.summary import AtInitialisation, InTraining, Study, paired_difference, per_seed
 from gradscope.study.training import BETAS, EPSILON, WEIGHT_DECAY
+from gradscope.study.words import interval_text, number_text
 
 __all__ = ["report", "table"]
 
@@ -56,7 +57,7 @@ def report(study: Study, pictures: Mapping[str, str]) -> str:
                 "effective_depth.png",
             ),
         ),
-        "### The initialisation decides, too\n\n" + _initialization_table(study),
+        "### Other initialisations\n\n" + _initialization_table(study),
         "### Every variant at torch's default initialisation\n\n" + _variant_table(study),
         _section("In training", _training_claims(study)),
         _pictures(pictures, TRAINING_PICTURES),
@@ -70,8 +71,8 @@ _OPENING: Final = """\
 # Depth study
 
 Written by `gradscope study`{plan_note} from what it measured: every sentence below is chosen by a rule
-from the numbers, and the rules stand in `gradscope/study/claims.py`. Square brackets hold 95 % intervals,
-Student's t over seeds. {code}.
+from the numbers, and the rules stand in `gradscope/study/claims_at_initialisation.py` and
+`claims_in_training.py`. Square brackets hold 95 % intervals, Student's t over seeds. {code}.
 
 **Nets.** Causal transformers on bytes, {width} features, {heads} heads, context {context}.
 **At initialisation**, in float64, denormals kept: {variants} variants at {depths} blocks, {seeds} seeds
@@ -156,25 +157,35 @@ def _initialisation_claims(study: Study) -> Iterator[str]:
     flows = {v: [a.flow for a in study.by_depth(v)] for v in study.plan.variants}
     tokens = {v: [a.tokens for a in study.by_depth(v)] for v in study.plan.variants}
     if "no_skip" in flows and "pre_norm" in flows:
-        yield claims.contrast(labels["no_skip"], flows["no_skip"], labels["pre_norm"], flows["pre_norm"])
+        yield at_initialisation.contrast(
+            labels["no_skip"], flows["no_skip"], labels["pre_norm"], flows["pre_norm"]
+        )
     if "no_skip" in flows:
-        yield claims.flow(labels["no_skip"], flows["no_skip"])
+        yield at_initialisation.flow(labels["no_skip"], flows["no_skip"])
         by_initialization = {"torch": flows["no_skip"]} | {
             name: [a.flow for a in study.by_depth("no_skip", name)] for name in study.plan.initializations
         }
-        yield claims.initialisation_dependence(
+        yield at_initialisation.initialisation_dependence(
             labels["no_skip"],
             {INITIALIZATION_LABELS.get(n, n): f for n, f in by_initialization.items() if f},
         )
     for variant in ("no_skip_pre_norm", "no_skip_post_norm"):
         if variant in flows:
-            yield claims.dead_net(labels[variant], flows[variant], tokens[variant])
+            yield at_initialisation.dead_net(labels[variant], flows[variant], tokens[variant])
     if "pre_norm" in flows:
-        yield claims.dead_net(labels["pre_norm"], flows["pre_norm"], tokens["pre_norm"])
-        yield claims.not_flat(labels["pre_norm"], flows["pre_norm"])
-    for variant in study.plan.variants:
-        if variant != "no_skip":
-            yield claims.flow(labels[variant], flows[variant])
+        yield at_initialisation.dead_net(labels["pre_norm"], flows["pre_norm"], tokens["pre_norm"])
+        yield at_initialisation.not_flat(labels["pre_norm"], flows["pre_norm"])
+    if "post_norm" in flows:
+        yield at_initialisation.post_norm_alone(labels["post_norm"], flows["post_norm"])
+    others = {labels[v]: f for v, f in flows.items() if v not in ("no_skip", "post_norm")}
+    if others:
+        yield at_initialisation.grouped_flows(others)
+    depth = max(study.plan.depths)
+    ends = {labels[v]: study.by_depth(v)[-1] for v in study.plan.variants}
+    branches = next(iter(ends.values())).outcome.branches
+    yield at_initialisation.effective_depths(
+        {n: e.effective_depth for n, e in ends.items()}, depth, branches
+    )
 
 
 def _training_claims(study: Study) -> Iterator[str]:
@@ -182,24 +193,25 @@ def _training_claims(study: Study) -> Iterator[str]:
         trained = {v: study.training[v, depth] for v in study.plan.training_variants}
         head = f"At {depth} blocks. " if len(study.plan.training_depths) > 1 else ""
         for one in trained.values():
-            yield head + claims.learned_context(one.trained, study.unigram_nats)
+            yield head + in_training.learned_context(one.trained, study.unigram_nats)
         for with_skip, without in PAIRS:
             if with_skip in trained and without in trained:
                 a, b = trained[with_skip], trained[without]
-                yield head + claims.better_with(a.trained, b.trained, paired_difference(a.best, b.best))
-                yield head + claims.faster_with(a.trained, b.trained)
-        yield head + claims.rate_edges([one.trained for one in trained.values()])
+                yield head + in_training.better_with(
+                    a.trained, b.trained, paired_difference(a.best, b.best)
+                )
+                yield head + in_training.faster_with(a.trained, b.trained)
+        yield head + in_training.rate_edges([one.trained for one in trained.values()])
         for one in trained.values():
-            zeros = claims.zeros_in_training(one.trained.label, one.first, one.last)
+            zeros = in_training.zeros_in_training(one.trained.label, one.first, one.last)
             if zeros is not None:
                 yield head + zeros
     if study.plan.robustness:
         depth = max(study.plan.training_depths)
         pair = [study.training[v, depth] for v in ("pre_norm", "post_norm")]
         runs = [[run for at_rate in one.by_rate.values() for run in at_rate] for one in pair]
-        yield claims.robustness(
-            pair[0].trained.label, pair[1].trained.label, paired_difference(*runs), depth
-        )
+        difference = paired_difference(*runs, diverged_nats=math.log(256))
+        yield in_training.robustness(pair[0].trained.label, pair[1].trained.label, difference, depth)
 
 
 _INITIALIZATION_TABLE: Final = """\
@@ -263,10 +275,11 @@ def _variant_table(study: Study) -> str:
 def _training_tables(study: Study) -> str:
     parts: list[str] = []
     for depth in study.plan.training_depths:
-        rows = [_training_row(study.training[v, depth]) for v in study.plan.training_variants]
+        seeds = study.plan.rate_seeds
+        rows = [_training_row(study.training[v, depth], seeds) for v in study.plan.training_variants]
         header = [
             "variant",
-            "final validation loss by learning rate (first seed)",
+            f"final validation loss by learning rate ({_counted(seeds, 'seed')})",
             "best rate",
             "final validation loss",
             "Δ first step",
@@ -280,9 +293,10 @@ def _training_tables(study: Study) -> str:
     return "\n\n".join(parts)
 
 
-def _training_row(one: InTraining) -> list[str]:
+def _training_row(one: InTraining, seeds: int) -> list[str]:
     tried = ", ".join(
-        f"{rate:g}: {_loss(runs[0].outcome.final_loss)}" for rate, runs in one.by_rate.items()
+        f"{rate:g}: {_loss(sum(run.outcome.final_loss for run in runs[:seeds]) / seeds)}"
+        for rate, runs in one.by_rate.items()
     )
     edge = one.trained.rate in (one.trained.rates[0], one.trained.rates[-1])
     return [
@@ -405,7 +419,12 @@ def _section(title: str, sentences: Iterable[str]) -> str:
 
 
 def _pictures(pictures: Mapping[str, str], names: Iterable[str]) -> str:
-    return "\n\n".join(f"![{pictures[n]}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures)
+    return "\n\n".join(f"![{_alt(n)}]({n})\n\n*{pictures[n]}*" for n in names if n in pictures)
+
+
+def _alt(name: str) -> str:
+    words = name.removesuffix(".png").replace("_", " ")
+    return words[0].upper() + words[1:]
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -433,7 +452,7 @@ def _depth_cell(one: AtInitialisation) -> str:
     return interval_text(one.effective_depth) if bad is None else f"absent: {bad}"
 
 
-def _delta(flow: claims.Flow) -> str:
+def _delta(flow: at_initialisation.Flow) -> str:
     if flow.zeros:
         return f"{interval_text(flow.delta)} ({flow.zeros} of {flow.values} exactly 0)"
     return interval_text(flow.delta)

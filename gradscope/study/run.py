@@ -162,7 +162,6 @@ def _assemble(plan: Plan, text: Text, store: Store, outcomes: Mapping[Unit, Outc
         labels=labels,
         initialisation=initialisation,
         training=training,
-        time_s=sum(outcome.cpu_time_s for outcome in outcomes.values()),
     )
 
 

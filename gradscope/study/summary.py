@@ -12,7 +12,8 @@ import numpy.typing as npt
 from gradscope.analysis import Interval, Profile, interval, profile
 from gradscope.errors import QuantityError
 from gradscope.record import Record
-from gradscope.study.claims import Flow, Tokens, Trained
+from gradscope.study.claims_at_initialisation import Flow, Tokens
+from gradscope.study.claims_in_training import Trained
 from gradscope.study.outcome import InitialisationOutcome, TrainingOutcome
 from gradscope.study.plan import InitialisationUnit, Plan, TrainingUnit
 from gradscope.study.text import Text
@@ -162,7 +163,6 @@ class Study:
         labels: of the variants, as plots name them.
         initialisation: by (variant, initialisation, depth).
         training: by (variant, depth).
-        time_s: summed time of all units, on one core each.
     """
 
     plan: Plan
@@ -171,7 +171,6 @@ class Study:
     labels: Mapping[str, str]
     initialisation: Mapping[tuple[str, str, int], AtInitialisation]
     training: Mapping[tuple[str, int], InTraining]
-    time_s: float
 
     @property
     def unigram_nats(self) -> float:
@@ -196,23 +195,31 @@ def per_seed(record: Record, quantity: str, position: int) -> Floats:
         return np.full(1, math.nan)
 
 
-def paired_difference(a: Sequence[Run], b: Sequence[Run]) -> Interval:
+def paired_difference(a: Sequence[Run], b: Sequence[Run], *, diverged_nats: float = math.inf) -> Interval:
     """Final validation loss of a minus that of b, paired by seed, with its 95 % interval.
 
-    A run that diverged has an infinite loss, which leaves the interval open: no claim follows.
     Where several runs share a seed (several learning rates), the worst of them counts.
+
+    Args:
+        a: runs of one variant.
+        b: runs of another.
+        diverged_nats: what a run that diverged counts as. Infinite, it leaves the interval open, so
+            that no claim follows.
     """
-    worst = [_worst_by_seed(runs) for runs in (a, b)]
-    seeds = sorted(worst[0].keys() & worst[1].keys())
+
+    def worst_by_seed(runs: Sequence[Run]) -> dict[int, float]:
+        worst: dict[int, float] = {}
+        for run in runs:
+            loss = run.outcome.final_loss
+            loss = loss if math.isfinite(loss) else diverged_nats
+            worst[run.unit.seed] = max(worst.get(run.unit.seed, -math.inf), loss)
+        return worst
+
+    first, second = worst_by_seed(a), worst_by_seed(b)
     with np.errstate(invalid="ignore"):
-        return interval(float(np.subtract(worst[0][s], worst[1][s])) for s in seeds)
-
-
-def _worst_by_seed(runs: Sequence[Run]) -> dict[int, float]:
-    worst: dict[int, float] = {}
-    for run in runs:
-        worst[run.unit.seed] = max(worst.get(run.unit.seed, -math.inf), run.outcome.final_loss)
-    return worst
+        return interval(
+            float(np.subtract(first[s], second[s])) for s in sorted(first.keys() & second.keys())
+        )
 
 
 def _at(record: Record, quantity: str, position: int) -> Interval:

@@ -1,4 +1,4 @@
-"""The sentences of the study's report, each chosen from the data by a rule that stands here.
+"""The report's sentences about the nets at initialisation, each chosen from the data by a rule.
 
 Every function takes numbers with their intervals and returns the sentence that they support, also
 where that is "the data do not decide". Nothing is assumed about which variant wins.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from gradscope.analysis import Interval
+from gradscope.study.words import factor_text, interval_text, listed, number_text
 
 __all__ = [
     "CONTRAST_FLAT_NATS_PER_BLOCK",
@@ -22,24 +23,17 @@ __all__ = [
     "DEAD_QK_RATIO",
     "DEAD_TOKEN_COSINE",
     "FLOW_NATS",
-    "LEARNED_NATS",
     "Flow",
     "Tokens",
-    "Trained",
-    "better_with",
     "contrast",
     "dead_net",
-    "faster_with",
+    "effective_depths",
     "flow",
     "flow_verdict",
+    "grouped_flows",
     "initialisation_dependence",
-    "interval_text",
-    "learned_context",
     "not_flat",
-    "number_text",
-    "rate_edges",
-    "robustness",
-    "zeros_in_training",
+    "post_norm_alone",
 ]
 
 #: Three nats between the ends: the rule that a net is trainable up to six depth scales,
@@ -49,9 +43,6 @@ FLOW_NATS: Final = 3.0
 CONTRAST_VANISHING_NATS_PER_BLOCK: Final = -1.0
 #: ... and at most this steep, in either direction, in the pre-norm net.
 CONTRAST_FLAT_NATS_PER_BLOCK: Final = 0.1
-#: How far below the byte frequencies' cross-entropy a loss must be to show that context was used: the
-#: position alone, and the difference of the two splits, are worth a hundredth or two.
-LEARNED_NATS: Final = 0.05
 #: Tokens that are this parallel have become one (rank collapse: Dong et al. 2021, arXiv:2103.03404) ...
 DEAD_TOKEN_COSINE: Final = 0.99
 #: ... and then queries and keys get next to none of the gradient (Noci et al. 2022, arXiv:2206.03126).
@@ -92,69 +83,6 @@ class Tokens:
     token_cosine: Interval
     qk_first: Interval
     qk_last: Interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """The runs of one variant at one depth, at its best learning rate.
-
-    Attributes:
-        label: the variant, as plots name it.
-        rate: the best of the learning rates.
-        rates: all rates tried, ascending.
-        steps: optimizer steps after which the validation loss was taken.
-        losses: validation loss by seed, one value per entry of `steps`; nats per byte.
-        final: mean of the last validation loss over seeds.
-    """
-
-    label: str
-    rate: float
-    rates: tuple[float, ...]
-    steps: tuple[int, ...]
-    losses: Mapping[int, tuple[float, ...]]
-    final: Interval
-
-
-# -- numbers in words ----------------------------------------------------------------------------
-
-
-def number_text(x: float, digits: int = 2) -> str:
-    """A number for prose: fixed digits, a true minus sign, and e-notation where it must."""
-    if x != x:
-        return "not known"
-    if math.isinf(x):
-        return "∞" if x > 0 else "−∞"
-    if x == 0:
-        return "0"
-    if abs(x) >= 1e5 or abs(x) < 0.5 * 10**-digits:
-        mantissa, exponent = f"{x:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    return f"{x:.{digits}f}".replace("-", "−")
-
-
-def interval_text(interval: Interval, digits: int = 2) -> str:
-    """``estimate [low, high]``; the estimate alone where there is no interval."""
-    estimate = number_text(interval.estimate, digits)
-    if math.isnan(interval.low) or math.isnan(interval.high):
-        return estimate
-    return f"{estimate} [{number_text(interval.low, digits)}, {number_text(interval.high, digits)}]"
-
-
-def _listed(items: Sequence[object]) -> str:
-    words = [str(item) for item in items]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
-def _factor(nats: float) -> str:
-    """e^nats as a factor, also where it is out of a float's range."""
-    if abs(nats) < math.log(1e5):
-        return number_text(math.exp(nats), 2 if abs(nats) < 2 else 1 if nats > 0 else 3)
-    exponent = nats / math.log(10)
-    whole = math.floor(exponent)
-    return f"{10 ** (exponent - whole):.0f}e{whole}".replace("-", "−").replace("10e", "9e")
-
-
-# -- at initialisation ---------------------------------------------------------------------------
 
 
 def flow_verdict(flow: Flow) -> Verdict:
@@ -204,7 +132,7 @@ def flow(label: str, flows: Sequence[Flow]) -> str:
         sentence = f"**{label}**: the gradient {_VERDICT_WORDS[verdict]} {where}"
     else:
         parts = [
-            f"{_VERDICT_WORDS[verdict]} at {_listed(depths)} blocks"
+            f"{_VERDICT_WORDS[verdict]} at {listed(depths)} blocks"
             for verdict, depths in by_verdict.items()
         ]
         sentence = f"**{label}**: the gradient " + "; ".join(parts)
@@ -214,13 +142,79 @@ def flow(label: str, flows: Sequence[Flow]) -> str:
     last = flows[-1]
     if math.isfinite(last.delta.estimate):
         sentence += (
-            f"; with {last.depth} blocks the trunk's input gets {_factor(last.delta.estimate)} times "
+            f"; with {last.depth} blocks the trunk's input gets {factor_text(last.delta.estimate)} times "
             "the gradient of its output"
         )
     zeros = sum(f.zeros for f in flows)
     if zeros:
         sentence += f"; {zeros} of {sum(f.values for f in flows)} norms are exactly 0 (underflow)"
     return sentence + "."
+
+
+def post_norm_alone(label: str, flows: Sequence[Flow]) -> str:
+    """Whether the norm after the addition makes the gradient vanish, as it is often said to."""
+    vanishing = [f.depth for f in flows if flow_verdict(f) in ("vanishes", "underflows")]
+    kept = [f.depth for f in flows if flow_verdict(f) == "is preserved"]
+    deltas = ", ".join(f"{interval_text(f.delta)} at {f.depth}" for f in flows) + " blocks"
+    if vanishing:
+        return f"**{label}**: the gradient vanishes at {listed(vanishing)} blocks; Δ is {deltas}."
+    if len(kept) == len(flows):
+        return (
+            f"**{label} does not vanish by itself**: its gradient {_VERDICT_WORDS['is preserved']} at every "
+            f"depth measured; Δ is {deltas}."
+        )
+    return f"{label}: the gradient is not shown to vanish, nor at every depth to be kept; Δ is {deltas}."
+
+
+def grouped_flows(flows: Mapping[str, Sequence[Flow]]) -> str:
+    """What the gradients of many variants do, those that do the same together.
+
+    Args:
+        flows: by label, each by depth, ascending.
+    """
+    groups: dict[tuple[tuple[int, Verdict], ...], list[str]] = {}
+    for label, by_depth in flows.items():
+        groups.setdefault(tuple((f.depth, flow_verdict(f)) for f in by_depth), []).append(label)
+    parts: list[str] = []
+    for verdicts, labels in groups.items():
+        by_verdict: dict[Verdict, list[int]] = {}
+        for depth, verdict in verdicts:
+            by_verdict.setdefault(verdict, []).append(depth)
+        where = "; ".join(
+            _VERDICT_WORDS[verdict]
+            + (" at every depth measured" if len(by_verdict) == 1 else f" at {listed(depths)} blocks")
+            for verdict, depths in by_verdict.items()
+        )
+        parts.append(f"the gradient of {listed(labels)} {where}")
+    return f"Of the other variants, {'. Also, '.join(parts)}."
+
+
+def effective_depths(values: Mapping[str, Interval], blocks: int, branches: int) -> str:
+    """How many branches the gradient has crossed, variant by variant, from many to few.
+
+    Args:
+        values: D by label; those without a value are left out.
+        blocks: number of blocks.
+        branches: n.
+    """
+    known = {label: d for label, d in values.items() if not math.isnan(d.estimate)}
+    if not known:
+        return f"No effective depth could be had at {blocks} blocks."
+    whole = [label for label, d in known.items() if abs(d.estimate - branches) < 1e-6 * branches]
+    none = [label for label, d in known.items() if d.estimate == 0]
+    others = sorted(
+        (label for label in known if label not in whole + none), key=lambda n: -known[n].estimate
+    )
+    parts: list[str] = []
+    if whole:
+        parts.append(f"all of them in {listed(whole)}")
+    parts += [f"{interval_text(known[label])} in {label}" for label in others]
+    if none:
+        parts.append(f"none in {listed(none)}")
+    return (
+        f"**Effective depth** at {blocks} blocks: of {branches} branches, the gradient at the trunk's input "
+        f"has crossed on average {'; '.join(parts)}."
+    )
 
 
 def contrast(
@@ -249,12 +243,12 @@ def contrast(
     if not both:
         return (
             f"**The contrast between “{without_label}” and “{with_label}” does not show at any depth "
-            f"measured** {rule}: the first part holds at {_listed(steep or ['no depth'])}, the second "
-            f"at {_listed(flat or ['no depth'])}."
+            f"measured** {rule}: the first part holds at {listed(steep or ['no depth'])}, the second "
+            f"at {listed(flat or ['no depth'])}."
         )
     return (
-        f"**The contrast between “{without_label}” and “{with_label}” holds at {_listed(both)} blocks "
-        f"only**, of {_listed(depths)} {rule}."
+        f"**The contrast between “{without_label}” and “{with_label}” holds at {listed(both)} blocks "
+        f"only**, of {listed(depths)} {rule}."
     )
 
 
@@ -279,7 +273,7 @@ def initialisation_dependence(label: str, flows: Mapping[str, Sequence[Flow]]) -
         exploding = [name for name, verdict in verdicts.items() if verdict == "explodes"]
         head = (
             f"**“{label}” does not always vanish: it depends on the initialisation, and reverses "
-            f"under {_listed(exploding)}**"
+            f"under {listed(exploding)}**"
         )
     elif len(kinds) == 1:
         head = f"**“{label}” does the same under every initialisation tried**"
@@ -309,13 +303,13 @@ def dead_net(label: str, flows: Sequence[Flow], tokens: Sequence[Tokens]) -> str
     )
     rule = f"(rule: token cosine above {DEAD_TOKEN_COSINE}, last ratio below {DEAD_QK_RATIO})"
     if both:
-        where = "at every depth measured" if len(both) == len(flows) else f"at {_listed(both)} blocks"
+        where = "at every depth measured" if len(both) == len(flows) else f"at {listed(both)} blocks"
         return (
             f"**“{label}” keeps the norm of its gradient {where}, and the net is dead there**: {numbers} "
             f"{rule}. A preserved gradient norm alone does not say that a net can learn."
         )
     if dead:
-        return f"**“{label}” is dead by rank collapse at {_listed(dead)} blocks**: {numbers} {rule}."
+        return f"**“{label}” is dead by rank collapse at {listed(dead)} blocks**: {numbers} {rule}."
     return f"“{label}” shows no rank collapse by the rule used {rule}: {numbers}."
 
 
@@ -330,7 +324,7 @@ def not_flat(label: str, flows: Sequence[Flow]) -> str:
     numbers = ", ".join(f"{interval_text(f.delta)} at {f.depth}" for f in flows) + " blocks"
     if len(outside) < len(flows):
         which = [f.depth for f in flows if f not in outside]
-        return f"“{label}” cannot be told from flat at {_listed(which)} blocks: Δ is {numbers}."
+        return f"“{label}” cannot be told from flat at {listed(which)} blocks: Δ is {numbers}."
     grows = all(f.delta.low > 0 for f in flows)
     falls = all(f.delta.high < 0 for f in flows)
     direction = (
@@ -353,127 +347,3 @@ def not_flat(label: str, flows: Sequence[Flow]) -> str:
             "pre-norm nets would have it"
         )
     return sentence + "."
-
-
-# -- in training ---------------------------------------------------------------------------------
-
-
-def learned_context(trained: Trained, unigram_nats: float) -> str:
-    """Whether a variant learned more than how frequent each byte is.
-
-    It did if the interval of its final loss ends at least `LEARNED_NATS` below the unigram
-    cross-entropy, it did not if the interval begins above that, and else it is not decided.
-    """
-    if not math.isfinite(trained.final.estimate):
-        diverged = sum(len(v) < len(trained.steps) for v in trained.losses.values())
-        return (
-            f"**{trained.label}** diverged in {max(diverged, 1)} of {len(trained.losses)} runs at its "
-            f"best learning rate, {trained.rate:g}."
-        )
-    at = (
-        f"**{trained.label}** ends at {interval_text(trained.final, 3)} nats per byte "
-        f"(learning rate {trained.rate:g})"
-    )
-    if trained.final.high < unigram_nats - LEARNED_NATS:
-        return f"{at}: it has learned from the context."
-    if trained.final.low > unigram_nats - LEARNED_NATS:
-        return f"{at}: **it has learned nothing but how frequent each byte is**."
-    return f"{at}: not told from byte frequencies alone."
-
-
-def better_with(with_skip: Trained, without: Trained, difference: Interval) -> str:
-    """Whether the variant with skips ends at a lower validation loss, seed by seed.
-
-    Args:
-        with_skip: the variant with skips.
-        without: its counterpart without.
-        difference: of the final losses, with minus without, paired by seed.
-    """
-    pair = f"“{with_skip.label}” against “{without.label}”"
-    numbers = f"difference of the final losses {interval_text(difference, 3)} nats per byte"
-    if difference.high < 0:
-        return f"**Trains better with skips**: {pair}, {numbers}, paired by seed."
-    if difference.low > 0:
-        return f"**Trains worse with skips**: {pair}, {numbers}, paired by seed."
-    return f"No difference shown: {pair}, {numbers}, paired by seed."
-
-
-def faster_with(with_skip: Trained, without: Trained) -> str:
-    """How many steps the variant with skips needs to reach the best loss of the one without.
-
-    For each seed: the first evaluation at which the loss with skips is at or below the lowest that
-    the same seed reached without. Faster only if every seed got there in fewer steps than the other
-    net took for it.
-    """
-    seeds = sorted(with_skip.losses.keys() & without.losses.keys())
-    needed: list[int | None] = []
-    took: list[int] = []
-    for seed in seeds:
-        other = without.losses[seed]
-        best = min(range(len(other)), key=lambda i, other=other: other[i])
-        took.append(without.steps[best])
-        reached = (
-            s for s, v in zip(with_skip.steps, with_skip.losses[seed], strict=False) if v <= other[best]
-        )
-        needed.append(next(reached, None))
-    pair = f"“{with_skip.label}” against “{without.label}”"
-    got = [n for n in needed if n is not None]
-    if not got:
-        return f"Not faster: {pair}, in no seed did the net with skips reach the other's lowest loss."
-    detail = (
-        f"the lowest loss without skips came at step {_listed(took)} (by seed), with skips it was "
-        f"reached at step {_listed(['never' if n is None else n for n in needed])}"
-    )
-    if all(n is not None and n < t for n, t in zip(needed, took, strict=True)):
-        return f"**Trains faster with skips**: {pair}, {detail}."
-    if all(n is None or n > t for n, t in zip(needed, took, strict=True)):
-        return f"**Trains slower with skips**: {pair}, {detail}."
-    return f"Not shown to train faster: {pair}, {detail}."
-
-
-def rate_edges(trained: Sequence[Trained]) -> str:
-    """Which best learning rates lie on the edge of what was tried."""
-    low = [t.label for t in trained if len(t.rates) > 1 and t.rate == t.rates[0]]
-    high = [t.label for t in trained if len(t.rates) > 1 and t.rate == t.rates[-1]]
-    parts: list[str] = []
-    if low:
-        parts.append(f"the smallest for {_listed(low)}")
-    if high:
-        parts.append(f"the largest for {_listed(high)}")
-    if not parts:
-        return "Every best learning rate lies inside the range tried."
-    return (
-        f"The best learning rate tried is {'; '.join(parts)}: on the edge of the range, so a rate "
-        "beyond it may be better still for them."
-    )
-
-
-def zeros_in_training(label: str, first: Flow, last: Flow) -> str | None:
-    """The exact zeros of float32, where there are any: reported as zeros, not as absent."""
-    if not first.zeros and not last.zeros:
-        return None
-    return (
-        f"**{label}**: in float32, denormals flushed, {first.zeros} of {first.values} gradient norms "
-        f"over depth are exactly 0 at the first step and {last.zeros} of {last.values} at the last "
-        "recorded one. That is underflow; they are shown as zeros and no rate is computed through them."
-    )
-
-
-def robustness(first_label: str, second_label: str, difference: Interval, depth: int) -> str:
-    """Whether one variant tolerates the learning rates tried better than another in a deep net.
-
-    Args:
-        first_label: a variant.
-        second_label: the one it is compared with.
-        difference: of the worst final loss over the rates tried, first minus second, paired by seed.
-        depth: number of blocks.
-    """
-    numbers = (
-        f"worst final loss over the learning rates tried, “{first_label}” minus “{second_label}”: "
-        f"{interval_text(difference, 3)} nats per byte, paired by seed"
-    )
-    if difference.high < 0:
-        return f"**With {depth} blocks “{first_label}” is the more robust** ({numbers})."
-    if difference.low > 0:
-        return f"**With {depth} blocks “{second_label}” is the more robust** ({numbers})."
-    return f"With {depth} blocks neither is shown to be the more robust ({numbers})."

@@ -1,0 +1,1 @@
+"""Measurements that re-run a model."""
