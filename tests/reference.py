@@ -151,8 +151,10 @@ def twin(
     skips: list[int] = [],
     sequence_first: bool = False,
     packed: Mapping[str, int] = {},
+    first: str | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Twin:
-    """All values of one forward and backward pass of an unwatched float64 copy.
+    """All values of one forward and backward pass of an unwatched copy, float64 unless said.
 
     Args:
         model: any model; left alone.
@@ -163,8 +165,10 @@ def twin(
         skips: the positions l for which h_{l+1} is h_l plus something.
         sequence_first: whether sequences are [T, B, d].
         packed: parameters that hold query, key and value one after the other along an axis.
+        first: the module whose input is the trunk's; None for the first block.
+        dtype: of the copy.
     """
-    model = copy.deepcopy(model).double()
+    model = copy.deepcopy(model).to(dtype)
     names = {m: n for n, m in model.named_modules()}
     seen: list[tuple[str, str, int, list[Tensor]]] = []
     calls: dict[str, int] = {}
@@ -182,7 +186,7 @@ def twin(
             stream.append(floats_in([*args, *kwargs.values()])[0])
 
     handles = [m.register_forward_hook(output) for m in model.modules()]
-    handles.append(model.get_submodule(blocks[0]).register_forward_pre_hook(block_input, with_kwargs=True))
+    handles.append(model.get_submodule(first or blocks[0]).register_forward_pre_hook(block_input, with_kwargs=True))
     loss = run(model)
     for handle in handles:
         handle.remove()

@@ -331,7 +331,7 @@ def _reading_notes(
         where = np.asarray(status == why, dtype=np.bool_).any(0)
         notes.append(f"absent ({why}) at depth {_spans(depth[where])}")
     broken = ok & ~np.isfinite(value)
-    if zero.any():
+    if full.log and zero.any():  # a share or a cosine of 0 is a value like any other
         notes.append(
             f"exactly 0 (underflow, or zero by construction) at depth {_spans(depth[zero.any(0)])} in "
             f"{int(zero.any(1).sum())} of {len(rows)} entries"

@@ -205,7 +205,7 @@ class Assembler:
         places: dict[tuple[int, int], tuple[str, float]] = {}
         branches: dict[tuple[str, int], list[int]] = {}
         for site, layer in enumerate(self.layers):
-            if layer.branch is not None and layer.block is not None and self.verified.get(site, False):
+            if layer.branch is not None and layer.block is not None and self._is_branch(site):
                 branches.setdefault((layer.trunk, layer.block), []).append(site)
         # Sites are in the order of definition, which need not be that of the forward pass.
         came: dict[int, int] = {}
@@ -246,6 +246,22 @@ class Assembler:
             if layer.is_block and (site, 0) not in places and layer.block is not None:
                 places[site, 0] = (layer.trunk, layer.block + 1.0)
         return places
+
+    def _is_branch(self, site: int) -> bool:
+        """What the graph showed; where it could not be seen, what it showed in all other blocks.
+
+        A trunk whose input is a constant (frozen embeddings) hides the stream in its first block.
+        """
+        if site in self.verified:
+            return self.verified[site]
+
+        def place(site: int) -> tuple[str, str]:
+            layer = self.layers[site]
+            block = next(x for x in self.layers if x.is_block and x.same_block(layer))
+            return layer.trunk, layer.name.removeprefix(block.name)
+
+        elsewhere = [v for s, v in self.verified.items() if place(s) == place(site)]
+        return bool(elsewhere) and all(elsewhere)
 
     def _samples(
         self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]

@@ -94,7 +94,9 @@ def heatmap(
             _fill(ax, x, y, np.asarray(kind == name, dtype=np.bool_), _CELLS[name])
         ax.set_xlim(x[0], x[-1])
         ax.set_ylim(y[0], y[-1])
+        style.integer_ticks(ax.yaxis, 7)
         if ticks is None:
+            style.integer_ticks(ax.xaxis)
             ax.set_xlabel("step [optimizer steps]")
         else:
             ax.set_xticks(ticks, [str(steps[t]) for t in ticks])

@@ -114,7 +114,7 @@ def depth(
         unit = next(iter(profiles.values())).unit
         name = f"{asked.label}, relative to the last layer" if normalized else asked.label
         ax.set_ylabel(style.axis_label(name, "1" if normalized else unit))
-        _integer_depth(ax)
+        style.integer_ticks(ax.xaxis)
         style.finish(ax, log=asked.log)
         if legend:
             names = len(profiles) > 1 or _is_labelled(records, labels)
@@ -331,12 +331,6 @@ def _points(name: str, x: Sequence[float] | Floats, y: npt.ArrayLike) -> tuple[F
 def _trailing_mean(y: Floats, window: int) -> Floats:
     """Mean of the last ``window`` values (fewer at the start); NaN in, NaN out. [S, n] → [S, n]."""
     return np.stack([y[:, max(0, i - window + 1) : i + 1].mean(1) for i in range(y.shape[1])], axis=1)
-
-
-def _integer_depth(ax: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
 
 
 def _depth_ticks(ax: Axes, depths: Sequence[float]) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "axis_label",
     "context",
     "finish",
+    "integer_ticks",
     "legend",
     "log_ticks",
     "look",
@@ -287,7 +288,9 @@ def log_ticks(axis: Axis, low: float, high: float) -> None:
 
     decades = math.log10(high / low)
     if decades < 2:
-        steps = (1.0, 2.0, 3.0, 5.0, 7.0) if decades < 1.5 else (1.0, 2.0, 5.0)
+        coarse, fine = (1.0, 2.0, 5.0), (1.0, 2.0, 3.0, 5.0, 7.0)
+        finest = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+        steps = finest if decades < 0.7 else fine if decades < 1.5 else coarse
         axis.set_major_locator(LogLocator(subs=steps))
         axis.set_major_formatter(FuncFormatter(_plain))
         axis.set_minor_formatter(NullFormatter())
@@ -295,6 +298,13 @@ def log_ticks(axis: Axis, low: float, high: float) -> None:
         stride = next((s for s in (2, 5, 10, 20, 50) if decades / s <= 8), 100)
         axis.set_major_locator(LogLocator(base=10.0**stride))
         axis.set_minor_locator(NullLocator())
+
+
+def integer_ticks(axis: Axis, count: int = 9) -> None:
+    """Ticks at whole numbers only: there is no block one half and no step one half."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=count, integer=True, min_n_ticks=1))
 
 
 def _plain(x: float, _: int) -> str:

@@ -26,6 +26,8 @@ _WIDE: Final = 100
 #: Class names are cut to this length, in a narrow and in a wide table.
 _TYPE: Final = 9
 _TYPE_WIDE: Final = 24
+#: Layer names longer than this are broken at their dots.
+_NAME: Final = 16
 #: Half a bar stands for the last layer's flow; a character more or less is this many nats.
 _BAR: Final = 16
 _NATS_PER_CHARACTER: Final = 2.0
@@ -286,7 +288,7 @@ def _row(line: _Line, denominator: float | None, last: float, wide: bool) -> tup
         trouble = "absent"
     cells = [
         "" if depth < 0 else f"{depth:.4g}",
-        f"{indent}{name or '(model)'}{f' call {call}' if call else ''}",
+        _at_dots(f"{indent}{name or '(model)'}{f' call {call}' if call else ''}", f"{indent}  "),
         line.type,
         flow.text(_geometric),
         "-" if math.isnan(ratio) else _number(ratio),
@@ -315,6 +317,16 @@ def _short(why: str) -> str:
 
 def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 2]}.."
+
+
+def _at_dots(name: str, indent: str) -> str:
+    """A long name broken before a dot, where a reader would break it."""
+    lines = [""]
+    for part in re.split(r"(?=\.)", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > _NAME:
+            lines.append(indent)
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _geometric(values: npt.NDArray[np.float64]) -> float:

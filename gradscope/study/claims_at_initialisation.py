@@ -160,8 +160,8 @@ def post_norm_alone(label: str, flows: Sequence[Flow]) -> str:
         return f"**{label}**: the gradient vanishes at {listed(vanishing)} blocks; Δ is {deltas}."
     if len(kept) == len(flows):
         return (
-            f"**{label} does not vanish by itself**: its gradient {_VERDICT_WORDS['is preserved']} at every "
-            f"depth measured; Δ is {deltas}."
+            f"**{label} does not vanish by itself**: its gradient {_VERDICT_WORDS['is preserved']} at "
+            f"every depth measured; Δ is {deltas}."
         )
     return f"{label}: the gradient is not shown to vanish, nor at every depth to be kept; Δ is {deltas}."
 
@@ -212,8 +212,8 @@ def effective_depths(values: Mapping[str, Interval], blocks: int, branches: int)
     if none:
         parts.append(f"none in {listed(none)}")
     return (
-        f"**Effective depth** at {blocks} blocks: of {branches} branches, the gradient at the trunk's input "
-        f"has crossed on average {'; '.join(parts)}."
+        f"**Effective depth** at {blocks} blocks: of {branches} branches, the gradient at the trunk's "
+        f"input has crossed on average {'; '.join(parts)}."
     )
 
 
@@ -264,7 +264,7 @@ def initialisation_dependence(label: str, flows: Mapping[str, Sequence[Flow]]) -
         for name, by_depth in flows.items()
     }
     depth = next(iter(flows.values()))[-1].depth
-    listed = "; ".join(
+    by_name = "; ".join(
         f"{name}: {interval_text(by_depth[-1].increment)} nats per block, {verdicts[name]}"
         for name, by_depth in flows.items()
     )
@@ -279,7 +279,7 @@ def initialisation_dependence(label: str, flows: Mapping[str, Sequence[Flow]]) -
         head = f"**“{label}” does the same under every initialisation tried**"
     else:
         head = f"**What “{label}” does depends on the initialisation**"
-    return f"{head} (at {depth} blocks: {listed})."
+    return f"{head} (at {depth} blocks: {by_name})."
 
 
 def dead_net(label: str, flows: Sequence[Flow], tokens: Sequence[Tokens]) -> str:

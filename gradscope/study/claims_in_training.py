@@ -169,7 +169,8 @@ def robustness(first_label: str, second_label: str, difference: Interval, depth:
     """
     numbers = (
         f"worst final loss over the learning rates tried, “{first_label}” minus “{second_label}”: "
-        f"{interval_text(difference, 3)} nats per byte, paired by seed, a run that diverged counted as guessing"
+        f"{interval_text(difference, 3)} nats per byte, paired by seed, a run that diverged counted "
+        "as guessing"
     )
     if difference.high < 0:
         return f"**With {depth} blocks “{first_label}” is the more robust** ({numbers})."

@@ -92,8 +92,8 @@ def depth_gradient(study: Study) -> tuple[Figure, str]:
         legend.remove()
     magnified.set_title("The same, magnified")
     return figure, (
-        f"Gradient flow over depth at torch's default initialisation, {depth} blocks, relative to the last "
-        f"block's output: mean of {study.plan.seeds} seeds and their range."
+        f"Gradient flow over depth at torch's default initialisation, {depth} blocks, relative to the "
+        f"last block's output: mean of {study.plan.seeds} seeds and their range."
     )
 
 
@@ -110,8 +110,8 @@ def activation_variance(study: Study) -> tuple[Figure, str]:
     plots.depth(records, "act_var", ax=ax)
     ax.set_title(f"At initialisation, {depth} blocks")
     return figure, (
-        f"Activation variance of the stream over depth at torch's default initialisation, {depth} blocks: mean "
-        f"of {study.plan.seeds} seeds and their range."
+        f"Activation variance of the stream over depth at torch's default initialisation, {depth} blocks: "
+        f"mean of {study.plan.seeds} seeds and their range."
     )
 
 
@@ -125,8 +125,8 @@ def gradient_ratio(study: Study) -> tuple[Figure, str]:
     figure, ax = _figure(1, 1, 8.2, 4.2)
     plots.ratio_against_depth(points, ax=ax)
     return figure, (
-        "The gradient at the trunk's input over that at its output, against the number of blocks, at torch's "
-        f"default initialisation: mean of {study.plan.seeds} seeds and their range."
+        "The gradient at the trunk's input over that at its output, against the number of blocks, at "
+        f"torch's default initialisation: mean of {study.plan.seeds} seeds and their range."
     )
 
 
@@ -140,9 +140,9 @@ def effective_depth(study: Study) -> tuple[Figure, str]:
     figure, ax = _figure(1, 1, 8.2, 4.2)
     plots.against_depth(points, ax=ax, label="Effective depth $D$ [branches]", log=True)
     return figure, (
-        "Effective depth against the number of blocks, at torch's default initialisation: how many residual "
-        "branches the gradient at the trunk's input has crossed on average, of n = 2 L. It is n without skips, "
-        "by definition. No score: deeper is not better."
+        "Effective depth against the number of blocks, at torch's default initialisation: how many "
+        "residual branches the gradient at the trunk's input has crossed on average, of n = 2 L. It is n "
+        "without skips, by definition. No score: deeper is not better."
     )
 
 
@@ -163,8 +163,8 @@ def heatmaps(study: Study) -> tuple[Figure, str]:
     for ax in list(grid.flat)[len(shown) :]:
         ax.set_visible(False)
     return figure, (
-        f"Gradient flow during training, {depth} blocks, seed 0 at each variant's best learning rate; every "
-        "map has its own colour scale."
+        f"Gradient flow during training, {depth} blocks, seed 0 at each variant's best learning rate; "
+        "every map has its own colour scale."
     )
 
 

@@ -172,7 +172,8 @@ def _run(unit: TrainingUnit, outcome: Outcome, store: Store) -> Run:
 
 def _write(study: Study, out: Path) -> None:
     from gradscope.study.pictures import draw_all
-    from gradscope.study.report import report, table
+    from gradscope.study.report import report
+    from gradscope.study.table import table
 
     captions = draw_all(study, out)
     for name, content in (("table.csv", table(study)), ("study.md", report(study, captions))):
