@@ -25,6 +25,8 @@ __all__ = ["main"]
 EXIT_OK: Final = 0
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
+#: From this width on the table has bars.
+WIDE_COLUMNS: Final = 100
 
 _STUDY = """\
 Measure what skip connections and norms do to the gradient over depth, on this machine.
@@ -168,16 +170,20 @@ def _study(options: argparse.Namespace, words: Sequence[str]) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from gradscope.errors import QuantityError
     from gradscope.record import Record
-    from gradscope.show.terminal import layer_table
+    from gradscope.show import terminal
 
     if options.quantity is not None and options.plot is None:
         raise QuantityError("--quantity says what to plot: add --plot FILE.png")
     record = Record.load(options.record)
-    Console().print(layer_table(record, step=options.step))
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+        console.print(terminal.layer_table(record, options.step, wide=console.width >= WIDE_COLUMNS))
+    else:
+        print(terminal.render(record, step=options.step), end="", flush=True)
     if options.plot is not None:
         _plot(record, options)
     return EXIT_OK

@@ -283,7 +283,7 @@ EXAMPLES: dict[str, Example] = {
         not_called=_each("transformer.h.{}.attn.attn_dropout"),
         scalar=("",),
         packed=dict.fromkeys(_each("transformer.h.{}.attn.c_attn.weight"), 1),
-        count=0,
+        count=1185,
     ),
     "bert": Example(
         make=bert,
@@ -294,7 +294,7 @@ EXAMPLES: dict[str, Example] = {
         not_called=_each("bert.encoder.layer.{}.attention.self.dropout"),
         scalar=("",),
         zero=_each("bert.encoder.layer.{}.attention.self.key.bias"),
-        count=0,
+        count=1773,
     ),
     "llama": Example(
         make=llama,
@@ -305,12 +305,12 @@ EXAMPLES: dict[str, Example] = {
         skips=(0, 1, 2),
         no_gradient=("model.rotary_emb",),
         scalar=("",),
-        count=0,
+        count=1125,
     ),
-    "encoder": _encoder(False, True, 0),
-    "encoder_sequence_first": _encoder(False, False, 0),
-    "encoder_norm_first": _encoder(True, True, 0),
-    "encoder_norm_first_sequence_first": _encoder(True, False, 0),
+    "encoder": _encoder(False, True, 857),
+    "encoder_sequence_first": _encoder(False, False, 857),
+    "encoder_norm_first": _encoder(True, True, 859),
+    "encoder_norm_first_sequence_first": _encoder(True, False, 859),
     "classic": Example(
         make=Classic,
         run=next_token,
@@ -319,7 +319,7 @@ EXAMPLES: dict[str, Example] = {
         parts={"attention": 0.5, "linear2": 1.0},
         not_called=_each("layers.{}.attention.out_proj"),
         packed=dict.fromkeys(_each("layers.{}.attention.in_proj_weight"), 0),
-        count=0,
+        count=778,
     ),
     "loop": Example(
         make=Loop,
@@ -328,7 +328,7 @@ EXAMPLES: dict[str, Example] = {
         blocks=_each("blocks.{}"),
         parts={"attn": 0.5, "mlp": 1.0},
         skips=(0, 1, 2),
-        count=0,
+        count=1130,
     ),
     "mlp": Example(
         make=mlp,
@@ -340,7 +340,7 @@ EXAMPLES: dict[str, Example] = {
         widths=dict.fromkeys((0, 2, 3), "not supported: the width changes"),
         no_tokens=(0, 1, 2, 3, 4),
         no_input=(1, 2, 3, 4),
-        count=0,
+        count=250,
     ),
 }
 

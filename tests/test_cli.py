@@ -76,8 +76,11 @@ def test_wrong_usage_is_code_2(words: list[str], capsys: pytest.CaptureFixture[s
 def test_show_prints_the_layers(record_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(record_file)]) == 0
     shown = capsys.readouterr().out
-    assert all(f"blocks.{block}" in shown for block in range(3))
+    assert "step 7" in shown
+    assert all(f"{block} {block - 1} " in shown for block in range(1, 4))  # depth, layer
+    assert "0.125" in shown  # halved three times from the last block to the trunk's input
     assert main(["show", str(record_file), "--step", "0"]) == 0
+    assert "step 0" in capsys.readouterr().out
 
 
 def test_show_plots_a_quantity(record_file: Path, tmp_path: Path) -> None:

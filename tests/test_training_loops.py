@@ -9,6 +9,7 @@ import copy
 import gc
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,14 +252,14 @@ def test_two_models_in_alternation(together: bool) -> None:
             of_generator.zero_grad()
             of_discriminator.zero_grad()  # throws away what the generator's loss left behind
     assert len(scope_g.record.steps) == 3
-    assert len([s for s in scope_d.record.steps if s.learning_rate]) == 3
+    assert len(scope_d.record.steps) == 3
     for i in range(3):
         assert assert_true(scope_g.record, expected_g[i], step=i) == 52
         if together:
             for name, g in expected_d[i].items():
                 assert_equal(value(scope_d.record, name, "param_grad", step=i), g)
         else:
-            assert assert_true(scope_d.record, expected_d[i], step=i) == 34
+            assert assert_true(scope_d.record, expected_d[i], step=i) == 38
 
 
 def _pooled(model: nn.Module, losses: list[tuple[Callable[[nn.Module, Any], Tensor], Any]]) -> Any:
@@ -589,28 +590,21 @@ def test_checkpointing_inside_blocks(reentrant: bool) -> None:
             return x + self.mlp(x)
 
     model = stack(Part(), Part())
-    optimizer = sgd(model)
-    expected = truth(model, batch())
-    with gradscope.watch(model, layers="**") as scope:
-        square_loss(model, batch()).backward()
-        optimizer.step()
-    found = scope.record
-    if not reentrant:
-        # the oracle's own hooks see the inner modules twice: once recomputed
-        for calls in (*expected.activation.values(), *expected.output_grad.values()):
-            del calls[1:]
-    for name, g in expected.param_grad.items():
-        assert g is not None
-        assert_equal(value(found, name, "param_grad"), g)
     plain = copy.deepcopy(model)
     for block in plain.blocks:
         block.mlp = block.mlp.inner  # type: ignore[union-attr]
-    other = truth(plain, batch())
-    for k in range(2):
-        for part in ("", ".0", ".1", ".2"):
-            for signal in ("activation", "output_grad"):
-                (norm,) = getattr(other, signal)[f"blocks.{k}.mlp{part}"]
-                assert_equal(value(found, f"blocks.{k}.mlp.inner{part}", signal), norm)
+    expected = truth(plain, batch())
+    optimizer = sgd(model)
+    with gradscope.watch(model, layers="**") as scope:
+        square_loss(model, batch()).backward()
+        optimizer.step()
+    for signal in ("activation", "output_grad"):
+        for layer, (norm,) in getattr(expected, signal).items():
+            inner = layer.replace("mlp", "mlp.inner")
+            assert_equal(value(scope.record, inner, signal), norm)
+    for name, g in expected.param_grad.items():
+        assert g is not None
+        assert_equal(value(scope.record, name.replace("mlp", "mlp.inner"), "param_grad"), g)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -739,7 +733,7 @@ def test_gradient_penalty_is_right_or_absent() -> None:
         else:
             assert_equal(value(scope.record, name, "param_grad"), g)
             compared += 1
-    assert compared == 15  # the last bias is in neither loss's derivative... of the penalty
+    assert compared == 16
     for layer in ("embed", "blocks.0", "blocks.1.mlp.1"):
         assert "several backward passes" in status(scope.record, layer, "output_grad")
 
@@ -1231,6 +1225,8 @@ def test_no_tensor_outlives_its_step() -> None:
     optimizer = sgd(model)
     for slow_every in (1, 1000):
         square_loss(model, batch()).backward()
+        # Python's wrapper of a gradient is made at the first look and stays: look before counting.
+        assert all(p.grad is not None for p in model.parameters())
         before = _tensors()
         with gradscope.watch(model, layers="**", slow_every=slow_every) as scope:
             for i in range(3):
@@ -1248,13 +1244,19 @@ def test_no_tensor_outlives_its_step() -> None:
 
 
 def test_the_graph_of_an_abandoned_forward_is_freed() -> None:
-    import weakref
+    class Canary:
+        def __call__(self, grad: Tensor) -> None: ...
 
     model = stack()
-    with gradscope.watch(model, layers="**", update=False):
-        out = model(batch())
-        node = weakref.ref(out.grad_fn)
-        del out
+    with gradscope.watch(model, layers="**"):
+        canary = Canary()
+        freed = weakref.ref(canary)
+        x = batch().requires_grad_(True) * 1
+        x.register_hook(canary)
+        del canary
+        out = model(x)
+        assert freed() is not None
+        del out, x
         gc.collect()
-        assert node() is None
-        model(batch()).sum().backward()
+        assert freed() is None
+        square_loss(model, batch()).backward()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -89,7 +90,11 @@ class TrunkPass:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Pass:
-    """One forward pass and what came back through it."""
+    """One forward pass and what came back through it.
+
+    ``accumulated`` says that a backward pass through it wrote to ``.grad``; ``graph`` holds weak
+    references to hooks that live as long as its autograd graph.
+    """
 
     calls: list[Call] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
@@ -102,6 +107,8 @@ class Pass:
     scale: Tensor | float | None = None
     valid: Tensor | None = None
     error: str | None = None
+    accumulated: bool = False
+    graph: list[weakref.ref[Any]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -135,6 +142,7 @@ class Assembler:
     _rows: Rows | None = None
     _take: np.ndarray | None = None
     _parameter_rows: list[tuple[int, str, str]] = field(default_factory=list)
+    _parameter_groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for i, entry in enumerate(self.parameters.entries):
@@ -146,6 +154,12 @@ class Assembler:
                 and (STATISTICS[n].where != "packed" or entry.packing is not None)
                 and (signal != "update" or self.update)
             )
+        groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        for row, (i, signal, statistic) in enumerate(self._parameter_rows):
+            groups.setdefault((signal, statistic), []).append((row, i))
+        for key, pairs in groups.items():
+            rows, of = np.asarray(pairs, dtype=np.int64).T
+            self._parameter_groups[key] = (rows, of)
 
     def step(
         self,
@@ -156,6 +170,8 @@ class Assembler:
         **fields: Any,
     ) -> Step:
         """One `Step` of the Record. The passes' samples are pooled as one batch."""
+        readings = Readings() if readings is None else readings
+        _to_host(passes, readings)
         keys, calls = self._keys(passes)
         places = self._places(passes)
         value, why = self._samples(keys, calls, passes)
@@ -167,19 +183,18 @@ class Assembler:
         parameter_value, parameter_why = self._parameter_values(readings)
         if skipped:
             # An overflow: the optimizer took no step, and the gradients are no one's gradients.
-            for row, column in np.ndindex(value.shape[0], len(GRADIENT)):
-                why[row, _A + column] = "skipped step"
-            for row in range(len(parameter_why)):
-                if self._parameter_rows[row][1] in ("param_grad", "update"):
-                    parameter_why[row] = "skipped step"
-        values = np.concatenate([value.reshape(-1)[self._take], np.asarray(parameter_value, dtype=float)])
-        words = np.concatenate([why.reshape(-1)[self._take], np.asarray(parameter_why, dtype=object)])
+            why[:, _A:] = "skipped step"
+            for (signal, _), (rows, _) in self._parameter_groups.items():
+                if signal in ("param_grad", "update"):
+                    parameter_why[rows] = "skipped step"
+        values = np.concatenate([value.reshape(-1)[self._take], parameter_value])
+        words = np.concatenate([why.reshape(-1)[self._take], parameter_why])
         if self.refusal is not None:
             words[:] = self.refusal
         absent = {int(i): words[i] for i in np.flatnonzero(words != "")}
         losses = [float(p.loss) for p in passes if p.loss is not None]
         fields.setdefault("loss", sum(losses) / len(losses) if losses else None)
-        if readings is not None and readings.scale is not None:
+        if readings.scale is not None:
             fields.setdefault("loss_scale", float(readings.scale))
         return Step.of(self._rows, values, absent, **fields)
 
@@ -267,7 +282,6 @@ class Assembler:
         self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values [keys, columns] and statuses ("" for ok) of the same shape."""
-        _to_host(passes)
         value = np.full((len(passes), len(keys), len(_COLUMNS)), np.nan)
         why = np.full((len(keys), len(_COLUMNS)), "", dtype=object)
         for k, (site, _) in enumerate(keys):
@@ -336,59 +350,60 @@ class Assembler:
                 if statistic in self.wanted and (stream or not _STREAM_COLUMN[column]):
                     entries.append((trunk, depth, name, kind, index, signal, statistic))
                     take.append(k * len(_COLUMNS) + column)
+        sites = {x.name: s for s, x in enumerate(self.layers)}
+        sites |= {part: s for s, x in enumerate(self.layers) for part in x.parts}
+        at = [_parameter_place(entry.owner, sites, places) for entry in self.parameters.entries]
         for i, signal, statistic in self._parameter_rows:
-            trunk, depth = self._parameter_place(i, places)
             name = self.parameters.entries[i].name
-            entries.append((trunk, depth, name, "Parameter", 0, signal, statistic))
+            entries.append((*at[i], name, "Parameter", 0, signal, statistic))
         return Rows.of(entries), np.asarray(take, dtype=np.int64)
 
     # -- parameters ----------------------------------------------------------------------------
 
-    def _parameter_place(
-        self, i: int, places: dict[tuple[int, int], tuple[str, float]]
-    ) -> tuple[str, float]:
-        owner = self.parameters.entries[i].owner
-        sites = {x.name: s for s, x in enumerate(self.layers)}
-        sites |= {part: s for s, x in enumerate(self.layers) for part in x.parts}
-        while True:
-            site = sites.get(owner)
-            if site is not None and (site, 0) in places and places[site, 0][0]:
-                # A parameter used at several depths has none.
-                return ("", math.nan) if (site, 1) in places else places[site, 0]
-            if not owner:
-                return "", math.nan
-            owner = owner.rpartition(".")[0]
-
-    def _parameter_values(self, readings: Readings | None) -> tuple[list[float], list[str]]:
-        values: list[float] = []
-        why: list[str] = []
-        for i, signal, statistic in self._parameter_rows:
-            parameter = self.parameters.entries[i].tensor()
-            frozen = parameter is not None and not parameter.requires_grad
-            value: Value | None = None
+    def _parameter_values(self, readings: Readings) -> tuple[np.ndarray, np.ndarray]:
+        """Values and statuses ("" for ok) of the parameter rows."""
+        tensors = [entry.tensor() for entry in self.parameters.entries]
+        frozen = np.array([t is not None and not t.requires_grad for t in tensors], dtype=bool)
+        elements = np.array([math.nan if t is None else t.numel() for t in tensors], dtype=float)
+        values = np.full(len(self._parameter_rows), np.nan)
+        why = np.full(len(self._parameter_rows), "", dtype=object)
+        scale = 1.0 if readings.scale is None else float(readings.scale)
+        no_gradient = np.full(len(tensors), "", dtype=object)
+        if not readings.gradient:
+            no_gradient[:] = np.where(frozen, "frozen", "no gradient path")
+        for i, reason in readings.absent.items():
+            no_gradient[i] = reason
+        later = {"l2_at_step": readings.at_step, "weight": readings.weight, "update": readings.update}
+        for (signal, statistic), (rows, of) in self._parameter_groups.items():
             if statistic == "count":
-                value = float(parameter.numel()) if parameter is not None else None
-                reason = "not called"
-            elif signal == "param_grad" and statistic == "l2_at_step":
-                value = readings.at_step.get(i) if readings is not None else None
-                reason = "frozen" if frozen else "not sampled"
-            elif signal == "param_grad":
-                reason = "frozen" if frozen else "no gradient path"
-                if readings is not None and readings.gradient:
-                    reason = readings.absent.get(i, "")
-                    if not reason:
-                        value = readings.gradient[statistic][i]
-                        if readings.scale is not None and statistic != "nonfinite":
-                            value = value / float(readings.scale)
-            elif signal == "weight":
-                value = readings.weight.get(i) if readings is not None else None
-                reason = "not sampled"
+                values[rows] = elements[of]
+                why[rows] = np.where(np.isnan(elements[of]), "not called", "")
+            elif signal == "param_grad" and statistic != "l2_at_step":
+                why[rows] = no_gradient[of]
+                if readings.gradient:
+                    column = np.asarray(readings.gradient[statistic], dtype=float)[of]
+                    values[rows] = column if statistic == "nonfinite" else column / scale
             else:
-                value = readings.update.get(i) if readings is not None else None
-                reason = "frozen" if frozen else "not sampled"
-            values.append(math.nan if value is None else float(value))
-            why.append(reason if value is None else "")
+                found = later[statistic if signal == "param_grad" else signal]
+                values[rows] = [found.get(i, math.nan) for i in of.tolist()]
+                missing = np.array([i not in found for i in of.tolist()], dtype=bool)
+                reason = np.where(frozen[of] & (signal != "weight"), "frozen", "not sampled")
+                why[rows] = np.where(missing, reason, "")
         return values, why
+
+
+def _parameter_place(
+    owner: str, sites: dict[str, int], places: dict[tuple[int, int], tuple[str, float]]
+) -> tuple[str, float]:
+    """Trunk and depth of the innermost layer on the axis that holds a module."""
+    while True:
+        site = sites.get(owner)
+        if site is not None and (site, 0) in places and places[site, 0][0]:
+            # A parameter used at several depths has none.
+            return ("", math.nan) if (site, 1) in places else places[site, 0]
+        if not owner:
+            return "", math.nan
+        owner = owner.rpartition(".")[0]
 
 
 def _unscaled(gradient: list[Value], scale: Tensor | float | None) -> list[float]:
@@ -401,19 +416,31 @@ def _unscaled(gradient: list[Value], scale: Tensor | float | None) -> list[float
     ]
 
 
-def _to_host(passes: Sequence[Pass]) -> None:
-    """Replace device scalars by floats, with one copy per device."""
-    waiting: dict[torch.device, list[tuple[list[Value], int, Tensor]]] = {}
+def _to_host(passes: Sequence[Pass], readings: Readings) -> None:
+    """Replace every device scalar by its float, with one copy per device."""
+    waiting: dict[torch.device, list[tuple[Any, Any, Tensor]]] = {}
+
+    def look(holder: Any, items: Iterable[tuple[Any, Any]]) -> None:
+        for key, value in items:
+            if type(value) is not float and isinstance(value, Tensor):
+                waiting.setdefault(value.device, []).append((holder, key, value))
+
     for p in passes:
+        look(p, (("loss", p.loss), ("scale", p.scale)))
         for call in p.calls:
             for slot in call.slots:
-                for values in (slot.values, slot.gradient):
-                    if values is None:
-                        continue
-                    for i, v in enumerate(values):
-                        if type(v) is not float and isinstance(v, Tensor):
-                            waiting.setdefault(v.device, []).append((values, i, v))
+                look(slot.values, enumerate(slot.values))
+                if slot.gradient is not None:
+                    look(slot.gradient, enumerate(slot.gradient))
+    look(readings, (("scale", readings.scale),))
+    for column in readings.gradient.values():
+        look(column, enumerate(column))
+    for found in (readings.at_step, readings.weight, readings.update):
+        look(found, found.items())
     for group in waiting.values():
-        host = torch.stack([v.double() for _, _, v in group]).tolist()
-        for (values, i, _), number in zip(group, host, strict=True):
-            values[i] = number
+        host = torch.stack([value.double().reshape(()) for _, _, value in group]).tolist()
+        for (holder, key, _), number in zip(group, host, strict=True):
+            if isinstance(holder, list | dict):
+                holder[key] = number
+            else:
+                setattr(holder, key, number)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from gradscope.record import SIGNALS, Rows, Step
 
 __all__ = ["Findings"]
+
+Order = Callable[[str], Sequence[tuple[str, str, int]]]
 
 #: A layer whose gradient has been exactly zero since the start is zero by construction at first
 #: (behind a zero-initialised head, or LoRA's B); after so many recorded steps it is called dead.
@@ -23,10 +25,15 @@ class Findings:
         self._history: dict[tuple[str, str, int], int] = {}
         self._known: tuple[Rows, dict[str, dict[str, list[int]]]] | None = None
 
-    def of(self, step: Step) -> str | None:
-        """The step's finding in words, the graver first; None where there is nothing to say."""
+    def of(self, step: Step, order: Order) -> str | None:
+        """The step's finding in words, the graver first; None where there is nothing to say.
+
+        Args:
+            step: the finished step.
+            order: for a signal, the (layer, type, call) of its samples in the order they came in.
+        """
         dead = self._dead(step)
-        return _first_nonfinite(step, self._rows(step.rows, "nonfinite")) or dead
+        return _first_nonfinite(step, self._rows(step.rows, "nonfinite"), order) or dead
 
     def _dead(self, step: Step) -> str | None:
         rows = step.rows
@@ -65,7 +72,7 @@ class Findings:
         return known[statistic]
 
 
-def _first_nonfinite(step: Step, rows: Mapping[str, Sequence[int]]) -> str | None:
+def _first_nonfinite(step: Step, rows: Mapping[str, Sequence[int]], order: Order) -> str | None:
     for signal, words in (
         ("activation", "the activation of"),
         ("output_grad", "the gradient at the output of"),
@@ -73,8 +80,14 @@ def _first_nonfinite(step: Step, rows: Mapping[str, Sequence[int]]) -> str | Non
     ):
         at = [i for i in rows[signal] if step.value[i] > 0]
         if at:
-            # Forward, the first layer is the culprit; backward, the one nearest to the loss.
-            first = at[-1] if signal == "output_grad" else at[0]
+            # The first in time is the culprit: a layer before the block around it, and in the backward
+            # pass the one nearest to the loss.
+            came: dict[tuple[str, str, int], int] = {}
+            for key in order(signal):
+                came.setdefault(key, len(came))
+            table = step.rows
+            keys = {i: (table.layer[i], table.type[i], int(table.call[i])) for i in at}
+            first = min(at, key=lambda i: came.get(keys[i], len(came)))
             others = f", the first of {len(at)} such" if len(at) > 1 else ""
             return (
                 f"non-finite: {words} {step.rows.layer[first]} holds {int(step.value[first])} NaN or "

@@ -38,6 +38,7 @@ _RELABEL: Final = frozenset(
 _NORM: Final = frozenset(
     {"NativeLayerNormBackward0", "FusedRmsNormBackward0", "NativeGroupNormBackward0"}
 )
+_SCALE: Final = frozenset({"MulBackward0", "DivBackward0"})
 # A walk through a block's adds visits few nodes; a graph that needs more is not such a block.
 _MOST_NODES: Final = 2000
 
@@ -91,8 +92,9 @@ def _alpha(node: Any) -> float:
 def is_branch(branch: Edge, output: Edge, source: Edge) -> bool:
     """Whether a module's output is added to the stream between a block's input and its output.
 
-    From the block's output, through adds, relabellings and norms, the walk must reach the branch
-    right behind an add (relabellings apart); and the branch must not itself carry the stream on:
+    From the block's output, through adds, relabellings, norms and multiplications by constants
+    (DeepNorm's alpha on the stream), the walk must reach the branch right behind an add (relabellings
+    apart); and the branch must not itself carry the stream on:
     no walk of the same kind leads from it to the block's input.
     """
     if branch == output or branch == source:
@@ -113,9 +115,15 @@ def is_branch(branch: Edge, output: Edge, source: Edge) -> bool:
             stack.extend((e, True) for e in _next(edge))
         elif name in _RELABEL:
             stack.extend((e, added) for e in _next(edge))
-        elif name in _NORM:
+        elif name in _NORM or _is_constant_multiple(edge):
             stack.extend((e, False) for e in _next(edge)[:1])
     return reached and not _carries(branch, source)
+
+
+def _is_constant_multiple(edge: Edge) -> bool:
+    # Seen by the missing edge of the other operand. The operand itself is not looked at: under
+    # checkpointing or offloading, reading a saved tensor would run the user's unpacking.
+    return edge[0].name() in _SCALE and len(_next(edge)) == 1
 
 
 def _carries(start: Edge, source: Edge) -> bool:
@@ -130,7 +138,7 @@ def _carries(start: Edge, source: Edge) -> bool:
         name = edge[0].name()
         if name == _ADD or name in _RELABEL:
             stack.extend(_next(edge))
-        elif name in _NORM:
+        elif name in _NORM or _is_constant_multiple(edge):
             stack.extend(_next(edge)[:1])
     return False
 

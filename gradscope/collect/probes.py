@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from gradscope.collect.recorder import Recorder, Slot
+    from gradscope.collect.assembly import Pass, Slot
+    from gradscope.collect.recorder import Recorder
 
 __all__ = [
+    "BackwardProbe",
     "BlockInputProbe",
     "ForwardProbe",
     "GradientProbe",
     "RootEndProbe",
     "RootStartProbe",
+    "ScaleProbe",
     "after_backward",
     "backward_id",
     "first_tensor",
@@ -42,7 +45,7 @@ def _inert() -> tuple[Any, tuple[Any, str]]:
 
 
 class _Probe:
-    __slots__ = ("_recorder", "site")
+    __slots__ = ("__weakref__", "_recorder", "site")
 
     def __init__(self, recorder: Recorder, site: int = -1) -> None:
         self._recorder = weakref.ref(recorder)
@@ -119,6 +122,36 @@ class GradientProbe(_Probe):
         recorder = self._recorder()
         if recorder is not None and grad is not None:
             recorder.guarded(self.site, recorder.on_gradient, self.slot, grad)
+
+
+class BackwardProbe(_Probe):
+    """Tensor hook on an output of the model: a backward pass through its forward begins."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, recorder: Recorder, owner: Pass) -> None:
+        super().__init__(recorder)
+        self.owner = owner
+
+    def __call__(self, grad: Tensor | None) -> None:
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.guarded(-1, recorder.on_backward_start, self.owner)
+
+
+class ScaleProbe(_Probe):
+    """Tensor hook on a scaled loss: what the backward pass that begins now is scaled by."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self, recorder: Recorder, scale: Tensor) -> None:
+        super().__init__(recorder)
+        self.scale = scale
+
+    def __call__(self, grad: Tensor | None) -> None:
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.guarded(-1, recorder.on_scaled_backward, self.scale)
 
 
 # -- the engine ------------------------------------------------------------------------------------

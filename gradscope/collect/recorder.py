@@ -7,6 +7,7 @@ statistics, the trunk's input until the end of the forward pass (for `input_cosi
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradscope.collect import probes, scaling
+from gradscope.collect.accumulation import Accumulation
 from gradscope.collect.arguments import Mask, scalar_loss, valid_positions
 from gradscope.collect.assembly import Assembler, Call, Pass, Slot
 from gradscope.collect.findings import Findings
@@ -33,6 +35,7 @@ from gradscope.collect.setting import compiled_sites, describe, refusal
 from gradscope.errors import GradscopeError, GradscopeWarning
 from gradscope.layers import Layer, Selection, named_layers, select
 from gradscope.record import STATISTICS, Record, RecordWriter, Step, thin
+from gradscope.statistics import Value
 
 __all__ = ["Recorder"]
 
@@ -110,6 +113,7 @@ class Recorder:
         self.faults: Counter[str] = Counter()
         self.backwards = 0
         self.forwards = 0
+        self.reached = False
         self.closed = False
         self.listening = True
         self.replicate = 0
@@ -122,12 +126,18 @@ class Recorder:
         self._begun: float | None = None
         self._stepped = False
         self._explicit = False
-        self._skipped = False
-        self._scaled = False
-        self._in_optimizer = False
+        self._overflows: list[Tensor | bool] = []
+        self._scale: Tensor | None = None
+        self._accumulation = Accumulation(self._parameters)
+        self._running: set[int] = set()
+        self._arrived: list[Slot] = []
+        self._index_of: dict[int, int] = {}
+        self._optimizers: list[int] = []
+        self._in_closure = False
         self._optimizer_seen = False
         self._asked = False
         self._readings: Readings | None = None
+        self._early: dict[int, dict[str, Value]] = {}
         self._before: dict[int, Tensor] = {}
         self._learning_rate: float | tuple[float, ...] | None = None
         self._loss: float | None = None
@@ -156,7 +166,8 @@ class Recorder:
         def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             recorder = me()
             if recorder is not None:
-                recorder.guarded(-1, recorder.on_optimizer_start, optimizer)
+                closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+                recorder.guarded(-1, recorder.on_optimizer_start, optimizer, closure is not None)
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             recorder = me()
@@ -168,6 +179,7 @@ class Recorder:
         # Global hooks: a recorder that dies with its model, unclosed, must not leave them behind.
         weakref.finalize(self, _remove, ours)
         scaling.listen(self)
+        weakref.finalize(self, scaling.restore)
 
     def close(self) -> None:
         """Finish the open step and take every hook away; a second call does nothing."""
@@ -216,15 +228,18 @@ class Recorder:
                 self._grad_mode = mode
                 return function(*args)
         except Exception as error:
-            self._fault(site, error)
+            slot = next((a for a in args if isinstance(a, Slot)), None)
+            self._fault(site, error, slot)
             return None
 
-    def _fault(self, site: int, error: Exception) -> None:
+    def _fault(self, site: int, error: Exception, slot: Slot | None = None) -> None:
         where = self.layers[site].name if site >= 0 else "the model"
         kind = f"{type(error).__name__}: {error}"
         self.faults[f"{where}: {kind}"] += 1
-        if self._pass is not None:
-            reason = f"error: {kind}"[:200]
+        reason = f"error: {kind}"[:200]
+        if slot is not None:
+            slot.error = reason
+        elif self._pass is not None:
             if site < 0:
                 self._pass.error = reason
             else:
@@ -235,7 +250,7 @@ class Recorder:
                     self._pass.calls.append(Call(site, 0, [], error=reason))
                     self._pass.counts[site] = 1
         self._say(
-            f"fault {kind}",
+            f"fault {type(error).__name__}",
             f"gradscope caught an error of its own at {where}: {kind}. Training goes on; the values "
             "that are missing for it have this as their status, and scope.faults counts it.",
         )
@@ -277,9 +292,9 @@ class Recorder:
         if self._asked and not (self._optimizer_seen or self._explicit) and self._begun is not None:
             self._stepped = True
         if self._stepped:
-            self._finish_step()
+            self._end_step()
         done = [p for p in self._passes if p.begun]
-        if self._in_optimizer and done:
+        if self._in_closure and done:
             # A closure that is evaluated again moves the parameters within one step: the first
             # evaluation is the gradient at the parameters that the step starts from.
             self._pass = None
@@ -287,14 +302,25 @@ class Recorder:
             return
         for p in [p for p in done if not p.complete]:
             self._forget(p)  # its backward was cut off by an exception
+        for p in [p for p in self._passes if not p.begun and p.graph and not any(r() for r in p.graph)]:
+            self._forget(p)  # its graph is gone: no backward will come (an evaluation with grad)
+        # Outside of any backward pass nothing runs; what is still noted was cut off by an exception.
+        self._running.clear()
+        self._scale = None
+        if not self._in_closure:
+            self._optimizers.clear()
         if self._begun is None:
-            self._begun = time.perf_counter()
-            self._recording = self.schedule.records(self.index)
-            self._sampler.slow = self._recording and self.schedule.slow(self.index)
+            self._open_step_now()
         self.listening = self._recording
         self._pass = Pass()
         if self._recording:
             self._passes.append(self._pass)
+
+    def _open_step_now(self) -> None:
+        self._begun = time.perf_counter()
+        self._recording = self.schedule.records(self.index)
+        self._sampler.slow = self._recording and self.schedule.slow(self.index)
+        self._index_of = {id(e.tensor()): i for i, e in enumerate(self._parameters.entries)}
 
     def _forget(self, p: Pass) -> None:
         if p in self._passes:
@@ -317,6 +343,11 @@ class Recorder:
         p.root_open = False
         if not self._recording:
             return
+        for tensor in probes.tensors_in(output):
+            if tensor.requires_grad and not tensor.is_leaf:
+                probe = probes.BackwardProbe(self, p)
+                p.graph.append(weakref.ref(probe))
+                tensor.register_hook(probe)
         p.loss = scalar_loss(output)
         if self._sampler.slow:
             self._sampler.prove_sole_consumers(p, output)
@@ -344,9 +375,11 @@ class Recorder:
         """A watched layer has run."""
         if probes.in_transform():
             return
-        if probes.backward_id() != -1:
-            if self._pass is not None:
-                self._sampler.recomputed(self._pass, site, output)
+        backward = probes.backward_id()
+        if backward != -1:
+            mine = [q for q in self._passes if backward in q.begun] or self._passes
+            if len(mine) == 1:
+                self._sampler.recomputed(mine[0], site, output)
             return
         p = self._enclosing_pass() if self._heard() else None
         if p is not None:
@@ -362,43 +395,93 @@ class Recorder:
     def on_gradient(self, slot: Slot, grad: Tensor) -> None:
         """The gradient with respect to a sampled tensor has come."""
         p = slot.owner
-        if self.closed or p is None or p not in self._passes:
+        if p is None or not self.on_backward_start(p):
             return
-        backward = probes.backward_id()
-        if backward not in p.begun:
-            p.begun.add(backward)
-            self._await_end(p, backward)
-        self._sampler.gradient(slot, grad, p, backward)
+        self.reached = True
+        if slot.backward is None:
+            self._arrived.append(slot)
+        self._sampler.gradient(slot, grad, p, probes.backward_id())
 
-    def _await_end(self, p: Pass, backward: int) -> None:
-        me, this = weakref.ref(self), weakref.ref(p)
+    def on_backward_start(self, p: Pass) -> bool:
+        """A gradient reaches a forward pass, perhaps the first one; whether the pass is recorded."""
+        if self.closed or p not in self._passes:
+            return False
+        backward = probes.backward_id()
+        if backward in p.begun:
+            return True
+        if backward not in self._running:
+            if not self._running:
+                self._settle_what_came_before(p)
+                self._accumulation.begin()
+            self._running.add(backward)
+            self._await_end(backward)
+        p.begun.add(backward)
+        if self._scale is not None:
+            p.scale = self._scale
+        return p in self._passes
+
+    def _settle_what_came_before(self, p: Pass) -> None:
+        """Before the first backward pass through p: do the earlier ones still belong to this step?"""
+        before = [q for q in self._passes if q.begun]
+        if p in before or not before:
+            return
+        if self._stepped:
+            # All forwards came first, and the optimizer steps after each backward pass.
+            rest, newest = [q for q in self._passes if not q.begun], self._pass
+            self._passes = before
+            self._end_step()
+            self._open_step_now()
+            self._passes, self._pass = rest if self._recording else [], newest
+        elif self._accumulation.cleared():
+            for q in before:
+                self._forget(q)
+            self._readings = None
+
+    def on_scaled_backward(self, scale: Tensor) -> None:
+        """The backward pass of a scaled loss begins."""
+        self._scale = scale
+        me = weakref.ref(self)
 
         def end() -> None:
-            recorder, ended = me(), this()
-            if recorder is not None and ended is not None:
-                recorder.guarded(-1, recorder.on_backward_end, ended, backward)
+            recorder = me()
+            if recorder is not None:
+                recorder._scale = None
+
+        probes.after_backward(end)
+
+    def _await_end(self, backward: int) -> None:
+        me = weakref.ref(self)
+
+        def end() -> None:
+            recorder = me()
+            if recorder is not None:
+                recorder.guarded(-1, recorder.on_backward_end, backward)
 
         # Queued twice: callbacks queued by others during this backward (DDP's final reduction) run
         # in order of queueing, so the second turn comes after all of them.
         probes.after_backward(lambda: probes.after_backward(end))
 
-    def on_backward_end(self, p: Pass, backward: int) -> None:
+    def on_backward_end(self, backward: int) -> None:
         """A backward pass came to its end: gradients are final, and not yet clipped."""
-        p.ended.add(backward)
-        for state in p.trunks.values():
-            state.held_gradient = None
-            if not p.root_open:
-                state.held_activation = state.input = None
-                state.edges, state.branch_edges = [], {}
-        if p not in self._passes or not p.complete:
+        self._running.discard(backward)
+        mine = [p for p in self._passes if backward in p.begun]
+        for p in mine:
+            p.ended.add(backward)
+            for state in p.trunks.values():
+                state.held_gradient = None
+                if not p.root_open:
+                    state.held_activation = state.input = None
+                    state.edges, state.branch_edges = [], {}
+        mine = [p for p in mine if p.complete]
+        if not mine or self._running:
             return
         self.backwards += 1
-        previous = self._readings
-        self._readings = self._parameters.read_gradients(p.scale)
-        if previous is not None:
-            self._readings.at_step = previous.at_step
-        if not p.root_open and self._pass is p and not self.forwards:
+        if not self.forwards and self._pass in mine:
             self._pass = None
+        if self._accumulation.end() or self._early:
+            for p in mine:
+                p.accumulated = True
+            self._read_gradients(mine[-1].scale)
         if self._optimizer_seen or self._explicit:
             return
         if self._asked:
@@ -412,37 +495,82 @@ class Recorder:
                 "update. Until then every backward pass counts as one step.",
             )
 
+    def _read_gradients(self, scale: Tensor | float | None) -> None:
+        previous = self._readings
+        readings = self._readings = self._parameters.read_gradients(scale)
+        if previous is not None:
+            readings.at_step, readings.weight = previous.at_step, previous.weight
+            readings.update = previous.update
+        for i, columns in self._early.items():
+            readings.absent.pop(i, None)
+            for column, value in columns.items():
+                readings.gradient[column][i] = value
+        self._early = {}
+
     # -- optimizer and scaler ------------------------------------------------------------------------
 
-    def _mine(self, optimizer: torch.optim.Optimizer) -> bool:
-        ids = {id(e.tensor()) for e in self._parameters.entries}
-        return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+    def _held(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """The numbers of the watched parameters that an optimizer holds."""
+        entries = self._parameters.entries
+        held: list[int] = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                i = self._index_of.get(id(parameter))
+                if i is not None and entries[i].tensor() is parameter:
+                    held.append(i)
+        return sorted(held)
 
-    def on_optimizer_start(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_optimizer_start(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         """An optimizer is about to step."""
-        if not self._mine(optimizer):
+        held = self._held(optimizer)
+        if not held:
             return
         self._optimizer_seen = True
-        self._in_optimizer = True
-        if not self._sampler.slow or self._readings is None:
+        self._in_closure = closure
+        self._optimizers.append(id(optimizer))
+        if closure or not self._recording or not self._passes:
+            return  # what a closure computes is read at the end of its first backward pass
+        if probes.backward_id() != -1:
+            self._read_early(held)
+        if not self._sampler.slow:
             return
-        held = self._parameters.indices_of(optimizer)
+        if self._readings is None:
+            self._readings = Readings()
         readings = self._readings
-        readings.at_step.update(self._parameters.norms(held, gradient=True))
-        everything = list(range(len(self._parameters.entries)))
+        norms = self._parameters.norms(held, gradient=True)
+        # A fused optimizer divides by the scale itself, later.
+        scale = getattr(optimizer, "grad_scale", None)
+        readings.at_step.update({i: v if scale is None else v / scale for i, v in norms.items()})
         if not readings.weight:
+            everything = list(range(len(self._parameters.entries)))
             readings.weight.update(self._parameters.norms(everything))
         if self._update:
-            self._before = self._parameters.snapshot(held)
+            # Of nested optimizers (a wrapper that steps its base) the outer one's change counts.
+            self._before.update(self._parameters.snapshot([i for i in held if i not in self._before]))
+
+    def _read_early(self, held: list[int]) -> None:
+        """An optimizer steps inside the backward pass, and may clear ``.grad``: read it now."""
+        part = copy.copy(self._parameters)
+        part.entries = [self._parameters.entries[i] for i in held]
+        readings = part.read_gradients(None)
+        for n, i in enumerate(held):
+            if n not in readings.absent:
+                self._early[i] = {column: values[n] for column, values in readings.gradient.items()}
 
     def on_optimizer_end(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has stepped."""
-        if not self._mine(optimizer):
+        if not self._held(optimizer):
             return
-        self._in_optimizer = False
+        if id(optimizer) in self._optimizers:
+            del self._optimizers[self._optimizers.index(id(optimizer)) :]
+        if self._optimizers:
+            return
+        self._in_closure = False
         before, self._before = self._before, {}
         if before and self._readings is not None:
             self._readings.update.update(self._parameters.changes(before))
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips by itself
+        self._overflows.append(found.detach().clone() if isinstance(found, Tensor) else False)
         rates = tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
         if rates and self._learning_rate is None:
             self._learning_rate = rates[0] if len(set(rates)) == 1 else rates
@@ -450,35 +578,40 @@ class Recorder:
             self._stepped = True
             self.listening = True
 
-    def on_scaled(self, scaler: Any) -> None:
-        """A gradient scaler has scaled a loss: of the newest pass that has no backward yet."""
-        if self._scaler is not None and scaler is not self._scaler:
+    def on_scaled(self, scaler: Any, scaled: Any) -> None:
+        """A gradient scaler has scaled a loss, here or of another model: its backward will tell."""
+        if (self._scaler is not None and scaler is not self._scaler) or scaler._scale is None:
             return
-        if scaler._scale is None:
-            return
-        self._scaled = True
-        for p in self._passes:
-            if not p.begun:
-                p.scale = scaler._scale.detach().clone().reshape(())
+        scale = scaler._scale.detach().clone().reshape(())
+        for tensor in probes.tensors_in(scaled):
+            if tensor.requires_grad:
+                tensor.register_hook(probes.ScaleProbe(self, scale))
 
-    def on_scaler_update(self, scaler: Any) -> None:
-        """A gradient scaler was updated; without an optimizer's step before, the step overflowed."""
-        if self._scaler is not None and scaler is not self._scaler:
+    def on_scaler_step(self, scaler: Any, optimizer: torch.optim.Optimizer) -> None:
+        """A gradient scaler has let an optimizer step, or not: the gradients overflowed."""
+        if (self._scaler is not None and scaler is not self._scaler) or not self._held(optimizer):
             return
-        if self._scaled and not self._stepped and not self._explicit:
-            self._skipped = True
-            self._stepped = True
-            self.listening = True
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            return  # stepped, and was told to change nothing
+        found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        if any(v.item() for v in found.values()):
+            self._optimizer_seen = True
+            self._overflows.append(True)
+            if not self._explicit:
+                self._stepped = True
+                self.listening = True
 
     # -- steps ---------------------------------------------------------------------------------------
 
     def end_step(self, loss: float | Tensor | None = None) -> None:
         """End the open step by the user's word; from now on optimizers no longer end steps."""
         self._explicit = True
-        if loss is not None:
-            self._loss = float(loss)
+        self._stepped = True
         if self._begun is not None:
+            if loss is not None:
+                self._loss = float(loss)
             self._finish_step()
+        self._stepped = False
         self.listening = True
 
     @property
@@ -494,18 +627,25 @@ class Recorder:
 
     def note_loss(self, loss: float | Tensor) -> None:
         """Put the loss beside the open step."""
-        self._loss = float(loss)
+        if self._begun is not None:
+            self._loss = float(loss)
+
+    def _end_step(self) -> None:
+        """Finish the step inside of another handler, which an error here must not stop."""
+        try:
+            self._finish_step()
+        except Exception as error:
+            self._fault(-1, error)
 
     def _finish_step(self) -> None:
         try:
             step = self._build()
+            if step is not None:
+                step = self._judge(step)
         finally:
             self._reset_step()
         if step is None:
             return
-        step = self._judge(step)
-        if self._writer is not None:
-            self._writer.write(step)
         self.steps.append(step)
         self._bytes += step.nbytes
         while self._bytes > self._max_bytes and len(self.steps) > 3:
@@ -514,11 +654,14 @@ class Recorder:
                 break
             self.steps = kept
             self._bytes = sum(s.nbytes for s in kept)
+        if self._writer is not None:
+            self._writer.write(step)
 
     def _reset_step(self) -> None:
         self._stepped = False
-        self._skipped = False
-        self._scaled = False
+        self._overflows = []
+        self._arrived = []
+        self._early = {}
         self._drop_tensors()
         self._passes = []
         self._pass = None
@@ -533,8 +676,14 @@ class Recorder:
     def _build(self) -> Step | None:
         passes = [p for p in self._passes if not p.root_open and p.calls]
         with_gradient = [p for p in passes if p.begun]
-        # A forward that no gradient came back through (a sample drawn, a metric) is not of the step.
-        passes = [p for p in with_gradient if p.complete] or ([] if with_gradient else passes)
+        # A forward that no gradient came back through (a sample drawn, a metric), or whose gradient
+        # did not go to the parameters (a saliency map), is not of the step where another one is.
+        complete = [p for p in with_gradient if p.complete]
+        accumulated = [p for p in complete if p.accumulated]
+        passes = accumulated or complete or ([] if with_gradient else passes)
+        if self._optimizer_seen and self.steps and not self._stepped:
+            if not accumulated or self._accumulation.cleared():
+                return None  # after the last step: an evaluation, or gradients thrown away
         if not passes:
             return None
         fields: dict[str, Any] = {}
@@ -543,7 +692,7 @@ class Recorder:
         return self._assembler.step(
             passes,
             self._readings,
-            skipped=self._skipped,
+            skipped=bool(self._overflows) and all(bool(found) for found in self._overflows),
             step=self.index,
             replicate=self.replicate,
             wall_time_s=None if self._begun is None else time.perf_counter() - self._begun,
@@ -553,13 +702,23 @@ class Recorder:
 
     def _judge(self, step: Step) -> Step:
         """Mark and warn of what is worth it: the first non-finite value, layers that died."""
-        finding = self._findings.of(step)
+        finding = self._findings.of(step, self._order)
         if finding is None:
             return step
         if self._warn:
             kind = finding.split(":")[0]
             self._say(kind, f"gradscope, step {step.step}: {finding}")
         return replace(step, finding=finding)
+
+    def _order(self, signal: str) -> list[tuple[str, str, int]]:
+        """(layer, type, call) of the open step's samples in the order in which they came."""
+        calls = [c for p in self._passes for c in p.calls]
+        if signal == "output_grad":
+            owner = {id(s): c for c in reversed(calls) for s in c.slots}
+            calls = [owner[id(s)] for s in self._arrived if id(s) in owner]
+        elif signal != "activation":
+            return []
+        return [(self.layers[c.site].name, self.layers[c.site].type, c.index) for c in calls if c.site >= 0]
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -600,7 +759,7 @@ class Recorder:
                     "first call, and run the training loop inside the with-block."
                 ),
             )
-        elif not self.backwards:
+        elif not self.reached:
             self._say(
                 "no backward",
                 f"{watched}, {self.forwards} forward calls, 0 backward passes through them. Either "

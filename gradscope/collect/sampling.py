@@ -58,6 +58,7 @@ class Sampler:
         self._keep_input = keep_input
         self._input_gradient = input_gradient
         self._proofs: dict[tuple[int, int], bool | None] = {}
+        self._recomputed: dict[int, list[Call]] = {}
         self.slow = False
         self.verified: dict[int, bool] = {}
         block = {(x.trunk, x.block): s for s, x in enumerate(layers) if x.is_block}
@@ -146,6 +147,13 @@ class Sampler:
             return
         call = waiting[-1]  # the backward pass recomputes the last call first
         call.pending = False
+        together = self._recomputed.setdefault(site, [])
+        together.append(call)
+        if len(together) > 1:
+            # Recomputed in one piece, and so in forward order: which is which cannot be told here.
+            for each in together:
+                for slot in each.slots:
+                    slot.error = "not supported: called several times in one re-entrant checkpoint"
         for tensor, slot in zip(tensors, call.slots, strict=False):
             self._hook(tensor, slot)
 
@@ -247,6 +255,7 @@ class Sampler:
 
     def gradient(self, slot: Slot, grad: Tensor, p: Pass, backward: int) -> None:
         """The gradient with respect to a sampled tensor has come."""
+        self._recomputed.clear()
         if slot.backward is not None:
             slot.repeated = slot.repeated or slot.backward != backward
             return

@@ -1,6 +1,6 @@
 """Sees a gradient scaler's factor and its skipped steps, without being told of the scaler.
 
-While at least one recorder listens, `torch.amp.GradScaler.scale` and `.update` are replaced by
+While at least one recorder listens, `torch.amp.GradScaler.scale` and `.step` are replaced by
 functions that call the originals and then tell the recorders. The originals come back with the
 last recorder's end.
 """
@@ -16,43 +16,49 @@ import torch
 if TYPE_CHECKING:
     from gradscope.collect.recorder import Recorder
 
-__all__ = ["listen", "silence"]
+__all__ = ["listen", "restore", "silence"]
 
 _listeners: weakref.WeakSet[Recorder] = weakref.WeakSet()
 _originals: dict[str, Any] = {}
 
 
 def listen(recorder: Recorder) -> None:
-    """Tell this recorder of every loss that is scaled and every scaler that is updated."""
+    """Tell this recorder of every loss that is scaled and every step that overflows."""
     _listeners.add(recorder)
     if _originals:
         return
     scaler_class = torch.amp.GradScaler
-    scale, update = scaler_class.__dict__["scale"], scaler_class.__dict__["update"]
-    _originals.update(scale=scale, update=update)
+    scale, step = scaler_class.__dict__["scale"], scaler_class.__dict__["step"]
+    _originals.update(scale=scale, step=step)
 
     @functools.wraps(scale)
     def seen_scale(self: Any, outputs: Any) -> Any:
         result = scale(self, outputs)
         if self.is_enabled():
             for listener in list(_listeners):
-                listener.guarded(-1, listener.on_scaled, self)
+                listener.guarded(-1, listener.on_scaled, self, result)
         return result
 
-    @functools.wraps(update)
-    def seen_update(self: Any, new_scale: Any = None) -> None:
-        update(self, new_scale)
+    @functools.wraps(step)
+    def seen_step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, optimizer, *args, **kwargs)
         if self.is_enabled():
             for listener in list(_listeners):
-                listener.guarded(-1, listener.on_scaler_update, self)
+                listener.guarded(-1, listener.on_scaler_step, self, optimizer)
+        return result
 
     scaler_class.scale = seen_scale
-    scaler_class.update = seen_update
+    scaler_class.step = seen_step
 
 
 def silence(recorder: Recorder) -> None:
     """Stop telling this recorder; restore the class when nobody listens any more."""
     _listeners.discard(recorder)
+    restore()
+
+
+def restore() -> None:
+    """Give the class its own methods back where nobody listens."""
     if not len(_listeners) and _originals:
         torch.amp.GradScaler.scale = _originals.pop("scale")
-        torch.amp.GradScaler.update = _originals.pop("update")
+        torch.amp.GradScaler.step = _originals.pop("step")

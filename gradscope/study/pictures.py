@@ -110,8 +110,8 @@ def activation_variance(study: Study) -> tuple[Figure, str]:
     plots.depth(records, "act_var", ax=ax)
     ax.set_title(f"At initialisation, {depth} blocks")
     return figure, (
-        f"Activation variance of the stream over depth at torch's default initialisation, {depth} blocks: "
-        f"mean of {study.plan.seeds} seeds and their range."
+        f"Activation variance of the stream over depth at torch's default initialisation, {depth} "
+        f"blocks: mean of {study.plan.seeds} seeds and their range."
     )
 
 
