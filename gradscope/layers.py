@@ -271,7 +271,9 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
         children = _children(layers, name)
         numbered = {n: m for n, m in children.items() if n.isdigit()}
         groups: dict[str, dict[str, nn.Module]] = {}
-        if len(numbered) >= least:
+        # A block that several entries share (universal nets) is one module, called that often.
+        shared = sum(n.isdigit() for n in layers[name]._modules) >= 2 > len(numbered) > 0
+        if len(numbered) >= least or shared:
             groups[name] = numbered
         else:
             for n, m in children.items():
@@ -291,7 +293,7 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
             ):
                 # T5's inner list [self-attention, feed-forward] is one block, not a stack of two.
                 continue
-            if len(blocks) < least:
+            if len(blocks) < (1 if shared else least):
                 continue
             yield _Candidate(
                 name=trunk,
@@ -342,7 +344,9 @@ def _stacks(layers: dict[str, nn.Module]) -> Iterator[_Candidate]:
             ends = [*starts[1:], len(members)]
             if isinstance(module, nn.ModuleList):
                 ends = [i + 1 for i in starts]
-            groups.append((name, [members[a:b] for a, b in zip(starts, ends, strict=True)] if starts else []))
+            groups.append(
+                (name, [members[a:b] for a, b in zip(starts, ends, strict=True)] if starts else [])
+            )
         else:
             stems: dict[str, list[str]] = {}
             for n, m in children.items():
@@ -529,7 +533,9 @@ def _own_axes(module: nn.Module) -> tuple[int, ...]:
 def _token_axis(name: str, modules: dict[str, nn.Module]) -> int:
     """0 in and directly around an attention with ``batch_first=False``, else 1."""
     inside = (m for m in modules[name].modules() if isinstance(m, nn.MultiheadAttention))
-    beside = (m for p in _around(name, modules) for m in p.children() if isinstance(m, nn.MultiheadAttention))
+    beside = (
+        m for p in _around(name, modules) for m in p.children() if isinstance(m, nn.MultiheadAttention)
+    )
     attention = next(inside, None) or next(beside, None)
     return 1 if attention is None or attention.batch_first else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gradscope.collect.arguments import Mask
 from gradscope.collect.recorder import Recorder
 from gradscope.collect.schedule import Schedule
+from gradscope.errors import GradscopeWarning
 from gradscope.layers import Selection
 from gradscope.record import Record
 
@@ -59,7 +61,8 @@ def watch(
         scope.plot()
 
     Args:
-        model: any module. Watching a model that is being watched returns the same scope.
+        model: any module. Watching a model that is being watched returns the same scope; of nested
+            with-blocks on it the outermost ends the watch.
         layers: what to watch: None for every block and its attention and feed-forward branches,
             a glob over module names (``"**"``: every module; ``"model.layers.*"``: these are the
             blocks), a module class, a predicate (name, module) -> bool, or several of these.
@@ -89,24 +92,39 @@ def watch(
         kind = "the class" if isinstance(model, type) else "an object of type"
         name = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"watch() takes an nn.Module instance; got {kind} {name}.")
+    options = {
+        "layers": layers,
+        "statistics": statistics,
+        "schedule": Schedule(every=every, slow_every=slow_every),
+        "mask": mask,
+        "path": path,
+        "max_bytes": max_bytes,
+        "warn": warn,
+        "update": update,
+        "scaler": scaler,
+    }
     scope = _open.get(model)
     if scope is not None:
+        other = [name for name, value in options.items() if not _same(value, scope._options[name])]
+        if other:
+            warnings.warn(
+                f"This {type(model).__name__} is being watched already, with other options "
+                f"({', '.join(other)}), which stay. For new ones, end the first watch: scope.close().",
+                GradscopeWarning,
+                stacklevel=2,
+            )
         return scope
-    recorder = Recorder(
-        model,
-        layers=layers,
-        statistics=statistics,
-        schedule=Schedule(every=every, slow_every=slow_every),
-        mask=mask,
-        path=path,
-        max_bytes=max_bytes,
-        warn=warn,
-        update=update,
-        scaler=scaler,
-    )
+    recorder = Recorder(model, **options)
     scope = Scope(recorder)
+    scope._options = options
+    # Where nobody closes it, the model's end or the program's does: the last step reaches the file.
+    scope._end = weakref.finalize(model, recorder.close)
     _open[model] = scope
     return scope
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, str | int | Schedule | os.PathLike) and a == b)
 
 
 class Scope:
@@ -118,6 +136,9 @@ class Scope:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self._options: dict[str, Any] = {}
+        self._end: weakref.finalize[..., Any] | None = None
+        self._entered = 0
 
     @property
     def record(self) -> Record:
@@ -162,9 +183,12 @@ class Scope:
         model = self._recorder._model()
         if model is not None and _open.get(model) is self:
             del _open[model]
+        if self._end is not None:
+            self._end.detach()
         self._recorder.close()
 
     def __enter__(self) -> Scope:
+        self._entered += 1
         return self
 
     def __exit__(
@@ -173,7 +197,10 @@ class Scope:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        # The same watch may be entered again by code further in; the outermost block ends it.
+        self._entered -= 1
+        if self._entered == 0:
+            self.close()
 
     def __repr__(self) -> str:
         recorder = self._recorder

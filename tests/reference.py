@@ -92,7 +92,9 @@ def positions(x: np.ndarray, feature_axis: int = -1, valid: np.ndarray | None = 
     return x.reshape(-1, x.shape[-1])
 
 
-def statistics(x: np.ndarray, feature_axis: int = -1, valid: np.ndarray | None = None) -> dict[str, float]:
+def statistics(
+    x: np.ndarray, feature_axis: int = -1, valid: np.ndarray | None = None
+) -> dict[str, float]:
     """Those of every tensor, padding left out of all of them."""
     x = np.asarray(x, dtype=np.float64)
     at = positions(x, feature_axis, valid)
@@ -148,7 +150,7 @@ def twin(
     trunk: str,
     blocks: list[str],
     branches: Mapping[str, float] = {},
-    skips: list[int] = [],
+    skips: tuple[int, ...] = (),
     sequence_first: bool = False,
     packed: Mapping[str, int] = {},
     first: str | None = None,
@@ -186,7 +188,9 @@ def twin(
             stream.append(floats_in([*args, *kwargs.values()])[0])
 
     handles = [m.register_forward_hook(output) for m in model.modules()]
-    handles.append(model.get_submodule(first or blocks[0]).register_forward_pre_hook(block_input, with_kwargs=True))
+    handles.append(
+        model.get_submodule(first or blocks[0]).register_forward_pre_hook(block_input, with_kwargs=True)
+    )
     loss = run(model)
     for handle in handles:
         handle.remove()

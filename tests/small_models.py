@@ -103,8 +103,8 @@ def truth(
         gradients = iter(torch.autograd.grad(value, [*wanted, *parameters.values()], allow_unused=True))
         for name, i, t in sites:
             g = next(gradients) if t.requires_grad else None
-            squares.setdefault((name, i), []).append(None if g is None else g.square().sum().item())
-            forward.setdefault((name, i), []).append(t.detach().square().sum().item())
+            squares.setdefault((name, i), []).append(None if g is None else g.abs().square().sum().item())
+            forward.setdefault((name, i), []).append(t.detach().abs().square().sum().item())
         for name in parameters:
             g = next(gradients)
             if g is not None:

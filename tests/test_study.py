@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,19 +16,21 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import gradscope
 from gradscope.analysis import Interval, interval
 from gradscope.errors import StudyError
 from gradscope.record import Record
 from gradscope.study import PLANS, load_text, run_study
 from gradscope.study import claims_at_initialisation as at_initialisation
 from gradscope.study import claims_in_training as in_training
+from gradscope.study import store as store_module
 from gradscope.study.claims_at_initialisation import Flow, Tokens
 from gradscope.study.claims_in_training import Trained
 from gradscope.study.outcome import TrainingOutcome
 from gradscope.study.plan import Plan, Unit
-from gradscope.study.store import Store
+from gradscope.study.store import _MEASURING, Store
 from gradscope.study.text import MINIMUM_BYTES, Text
-from gradscope.study.words import interval_text, number_text
+from gradscope.study.words import factor_text, interval_text, number_text
 
 TINY = PLANS["tiny"]
 NONE = Interval(estimate=math.nan, low=math.nan, high=math.nan, confidence=0.95, count=0)
@@ -208,12 +211,24 @@ def test_without_an_interval_nothing_is_decided_and_zeros_are_underflow() -> Non
 
 def test_flow_says_one_verdict_for_all_depths_or_each_where_it_holds() -> None:
     vanishing = at_initialisation.flow("net", flows(-2.8, -2.8, -2.8, -2.8))
-    assert "vanishes towards the input at every depth measured (6 to 48 blocks)" in vanishing
+    assert "vanishes towards the input at every depth measured" in vanishing
     assert "−2.80 [−2.81, −2.79] at 6" in vanishing
     assert "4e−59 times" in vanishing  # e^(−2.8 · 48) = 4.2e−59
     mixed = at_initialisation.flow("net", flows(0.01, 0.01, 0.5, 0.5))
     assert "keeps its norm" in mixed and "at 6 and 12 blocks" in mixed
     assert "explodes towards the input at 24 and 48 blocks" in mixed
+
+
+def test_overflow_is_said_and_no_rate_is_taken_through_it() -> None:
+    broken = Flow(depth=48, delta=NONE, increment=about(47.0), nonfinite=4, values=245)
+    assert at_initialisation.flow_verdict(broken) == "overflows"
+    sentence = at_initialisation.flow("net", [flow(6, 2.0), broken])
+    assert "explodes towards the input at 6 blocks; overflows" in sentence
+    assert "4 of 280 norms are NaN or infinite" in sentence
+    assert "47" not in sentence
+    assert "reverses under He" in at_initialisation.initialisation_dependence(
+        "net", {"torch": [flow(6, -2.0), flow(48, -2.0)], "He": [flow(6, 2.0), broken]}
+    )
 
 
 def test_contrast_holds_somewhere_everywhere_or_nowhere() -> None:
@@ -231,7 +246,7 @@ def test_initialisation_dependence_reverses_agrees_or_differs() -> None:
     falls, rises, stays = flows(-2.0, -2.0), flows(2.0, 2.0), flows(0.01, 0.01)
     reverses = at_initialisation.initialisation_dependence("net", {"torch": falls, "He": rises})
     assert "reverses under He" in reverses
-    assert "at 12 blocks" in reverses
+    assert "under torch it vanishes towards the input at every depth measured" in reverses
     same = at_initialisation.initialisation_dependence("net", {"torch": falls, "Xavier": falls})
     assert "does the same under every initialisation" in same
     differs = at_initialisation.initialisation_dependence("net", {"torch": falls, "Xavier": stays})
@@ -309,9 +324,9 @@ def test_variants_that_do_the_same_stand_together() -> None:
     sentence = at_initialisation.grouped_flows(
         {"a": flows(0.0, 0.0), "b": flows(-2.0, -2.0), "c": flows(0.01, 0.01), "d": flows(0.0, 2.0)}
     )
-    assert "of a and c keeps its norm (Δ within ±3 nats) at every depth measured" in sentence
-    assert "of b vanishes towards the input at every depth measured" in sentence
-    assert "of d keeps its norm (Δ within ±3 nats) at 6 blocks; explodes" in sentence
+    assert "of “a” and “c” keeps its norm (Δ within ±3 nats) at every depth measured" in sentence
+    assert "of “b” vanishes towards the input at every depth measured" in sentence
+    assert "of “d” keeps its norm (Δ within ±3 nats) at 6 blocks; explodes" in sentence
 
 
 def test_effective_depths_from_many_to_few() -> None:
@@ -327,8 +342,8 @@ def test_effective_depths_from_many_to_few() -> None:
         96,
     )
     assert "of 96 branches" in sentence
-    assert "all of them in chain; 2.50 [2.49, 2.51] in more; 1.50" in sentence
-    assert sentence.endswith("none in silent.")
+    assert "all of them in “chain”; 2.50 [2.49, 2.51] in “more”; 1.50" in sentence
+    assert sentence.endswith("none in “silent”.")
     assert "gone" not in sentence
     assert "No effective depth" in at_initialisation.effective_depths({"gone": NONE}, 48, 96)
 
@@ -361,7 +376,7 @@ def test_rates_on_the_edge_are_named() -> None:
     sentence = in_training.rate_edges(
         [inside, replace(inside, label="low", rate=1.0), replace(inside, label="high", rate=3.0)]
     )
-    assert "smallest for low" in sentence and "largest for high" in sentence
+    assert "smallest for “low”" in sentence and "largest for “high”" in sentence
     assert "inside" not in sentence
 
 
@@ -379,12 +394,28 @@ def test_zeros_in_training_are_said_only_where_they_are() -> None:
     assert "7 of 65" in sentence and "0 of 65" in sentence and "underflow" in sentence
 
 
+def test_a_changed_verdict_after_training_is_said_and_nothing_else() -> None:
+    kept, gone = flow(12, -0.1), flow(12, -1.5)
+    sentence = in_training.flow_change("net", kept, gone)
+    assert sentence is not None
+    assert "at the first step it is preserved, at the last recorded one it vanishes" in sentence
+    assert in_training.flow_change("net", kept, kept) is None
+    assert in_training.flow_change("net", kept, flow(12, -0.25, 0.1)) is None  # undecided
+
+
 def test_numbers_in_prose() -> None:
     assert number_text(-2.268) == "−2.27"
     assert number_text(4.2e-59) == "4.2e−59"
     assert number_text(0.0) == "0"
     assert number_text(math.nan) == "not known"
     assert number_text(math.inf) == "∞"
+    assert factor_text(0.5) == "1.65"
+    assert factor_text(math.log(956)) == "956"
+    assert factor_text(-134.4) == "4e−59"
+    assert factor_text(-700.0) == "1e−304"
+    assert factor_text(math.log(9.99e10)) == "1e11"
+    assert factor_text(-math.inf) == "0"
+    assert factor_text(math.nan) == "not known"
     assert interval_text(NONE) == "not known"
     assert interval_text(interval([1.0])) == "1.00"
 
@@ -417,6 +448,39 @@ def test_the_store_gives_back_what_it_was_given_and_only_under_the_same_key(tmp_
     assert Store(tmp_path, "other text", "code").load(unit) is None
     assert Store(tmp_path, "text", "other code").load(unit) is None
     assert store.load(replace(unit, steps=unit.steps + 1)) is None
+
+
+def test_every_module_that_influences_a_number_is_in_the_key() -> None:
+    package = Path(gradscope.__file__).parent
+    for part in _MEASURING:
+        assert (package / part).exists(), part
+    code = (
+        "import sys, gradscope, gradscope.study.initialisation, gradscope.study.training; "
+        "gradscope.watch, gradscope.measure, gradscope.effective_depth; "
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'gradscope'))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    covered = tuple(str(package / part).removesuffix(".py") for part in _MEASURING)
+    loaded = [path for path in run.stdout.split() if not path.startswith(covered)]
+    # What is left: errors, analysis and drawing, and the study's own bookkeeping.
+    left = {Path(path).relative_to(package).parts[0] for path in loaded}
+    assert left <= {"__init__.py", "errors.py", "analysis", "show", "study"}
+    bookkeeping = {Path(path).stem for path in loaded if Path(path).parent.name == "study"}
+    assert not bookkeeping & {"initialisation", "training", "text"}
+
+
+def test_a_changed_source_is_another_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "gradscope"
+    shutil.copytree(Path(gradscope.__file__).parent, copy)
+    monkeypatch.setattr(store_module.resources, "files", lambda _: copy)
+    before = store_module.code_version()
+    with (copy / "show" / "plots.py").open("a", encoding="utf-8") as file:
+        file.write("\n# another picture\n")
+    assert store_module.code_version() == before
+    with (copy / "study" / "training.py").open("a", encoding="utf-8") as file:
+        file.write("\n# another training\n")
+    assert store_module.code_version() != before
+    assert f"gradscope {gradscope.__version__} " in before
 
 
 def test_a_damaged_or_lonely_file_counts_as_not_done(tmp_path: Path) -> None:
@@ -558,12 +622,17 @@ def test_every_number_of_the_table_is_there_or_says_why_not(tiny_study: Path) ->
 def test_a_rerun_measures_nothing_again_but_what_is_missing(tiny_study: Path) -> None:
     before = stamps(tiny_study)
     missing = "initialisation-no_skip-torch-depth2.json"
+    damaged = "training-no_skip-depth2-rate0.001-seed0.json"
     (tiny_study / "records" / missing).unlink()
+    record = tiny_study / "records" / f"{damaged}l"
+    record.write_bytes(record.read_bytes()[:-20])  # half of its last line is gone
     (tiny_study / "study.md").unlink()
     said = rerun(tiny_study)
     after = stamps(tiny_study)
-    assert {name for name in before if after[name] != before[name]} == {missing, f"{missing}l"}
+    again = {missing, f"{missing}l", damaged, f"{damaged}l"}
+    assert {name for name in before if after[name] != before[name]} == again
     assert "no_skip, torch initialisation, depth 2" in said
+    assert f"[{TINY.total_units:>3}/{TINY.total_units}]" in said
     assert (tiny_study / "study.md").exists()
 
 

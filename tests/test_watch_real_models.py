@@ -53,7 +53,7 @@ def _twin(model: nn.Module, example: Example, dtype: torch.dtype = torch.float64
         trunk=example.trunk,
         blocks=list(example.blocks),
         branches=example.branches,
-        skips=list(example.skips),
+        skips=example.skips,
         sequence_first=example.sequence_first,
         packed=example.packed,
         first=example.first,
@@ -61,7 +61,9 @@ def _twin(model: nn.Module, example: Example, dtype: torch.dtype = torch.float64
     )
     # One step of SGD after clipping, by hand.
     norms = {
-        key[0]: value for key, value in found.value.items() if key[1:] == ("Parameter", 0, "param_grad", "l2")
+        key[0]: value
+        for key, value in found.value.items()
+        if key[1:] == ("Parameter", 0, "param_grad", "l2")
     }
     factor = min(1.0, CLIP / (math.sqrt(sum(n * n for n in norms.values())) + 1e-6))
     for name, parameter in model.named_parameters():
@@ -136,7 +138,11 @@ def _compare(record: gradscope.Record, expected: Twin, example: Example, *, prec
     wrong: list[str] = []
     for key, value in present.items():
         truth = expected.value[key]
-        if key[0] in example.zero and key[3] in ("param_grad", "update") and key[4] not in ("count", "nonfinite"):
+        if (
+            key[0] in example.zero
+            and key[3] in ("param_grad", "update")
+            and key[4] not in ("count", "nonfinite")
+        ):
             ok = abs(value) < largest * (1e-14 if precise else 1e-6)
         else:
             # A loss in transformers is float32 whatever the model is.
@@ -194,7 +200,9 @@ def test_depths_are_those_of_blocks_and_branches(example: Example) -> None:
 # -- the watched model never notices -----------------------------------------------------------------
 
 
-def _train(example: Example, *, watched: bool, steps: int = 5) -> tuple[list[Tensor], nn.Module, Any, Any]:
+def _train(
+    example: Example, *, watched: bool, steps: int = 5
+) -> tuple[list[Tensor], nn.Module, Any, Any]:
     model = example.build(dropout=0.1).train()
     optimizer = optimizer_of(model)
     torch.manual_seed(3)
@@ -235,9 +243,7 @@ def test_training_is_bit_identical_with_and_without_the_watch(example: Example) 
 
 
 HOOKS = tuple(
-    name
-    for name, value in vars(nn.Linear(1, 1)).items()
-    if "hook" in name and isinstance(value, dict)
+    name for name, value in vars(nn.Linear(1, 1)).items() if "hook" in name and isinstance(value, dict)
 )
 
 
@@ -495,7 +501,20 @@ def test_a_unit_skip_is_seen(block: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize(
     "block",
-    [Chain, Twice, TwiceAndMore, TwiceHidden, Mean, Gate, ScaledSkip, Negative, HalfSkip, PostNorm, Shuffled, InPlaceOnAView],
+    [
+        Chain,
+        Twice,
+        TwiceAndMore,
+        TwiceHidden,
+        Mean,
+        Gate,
+        ScaledSkip,
+        Negative,
+        HalfSkip,
+        PostNorm,
+        Shuffled,
+        InPlaceOnAView,
+    ],
 )
 def test_what_is_no_unit_skip_is_absent(block: type[nn.Module]) -> None:
     assert _unit_skips(Stack(block)) == ["no unit skip"] * 3 + [LAST]
@@ -676,5 +695,7 @@ def test_the_reference_transformer_has_its_branches_on_the_axis(variant: str) ->
 
 
 def test_every_statistic_of_the_table_is_compared_above() -> None:
-    compared = {key[4] for name in ("gpt2",) for key in _twin(EXAMPLES[name].build(), EXAMPLES[name]).value}
+    compared = {
+        key[4] for name in ("gpt2",) for key in _twin(EXAMPLES[name].build(), EXAMPLES[name]).value
+    }
     assert compared == set(STATISTICS)

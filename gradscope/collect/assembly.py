@@ -175,7 +175,7 @@ class Assembler:
         keys, calls = self._keys(passes)
         places = self._places(passes)
         value, why = self._samples(keys, calls, passes)
-        signature = (tuple(keys), tuple(places.items()))
+        signature = (keys, places)  # compared as a mapping: layers left out change the order only
         if signature != self._signature:
             self._signature = signature
             self._rows, self._take = self._table(keys, places)
@@ -260,6 +260,9 @@ class Assembler:
             # A block that was not called in this step still has its place.
             if layer.is_block and (site, 0) not in places and layer.block is not None:
                 places[site, 0] = (layer.trunk, layer.block + 1.0)
+        for (trunk, block), siblings in branches.items():
+            for n, site in enumerate(siblings, start=1):
+                places.setdefault((site, 0), (trunk, block + n / len(siblings)))
         return places
 
     def _is_branch(self, site: int) -> bool:
@@ -319,6 +322,8 @@ class Assembler:
                     if slot.gradient is None
                     else ""
                 )
+                if not slot.stream and site >= 0 and self.layers[site].is_block:
+                    why[k, _STREAM_COLUMN] = "not supported: the gradient came through another output"
                 if reason:
                     why[k, _A:] = reason
                 elif slot.gradient is not None:

@@ -80,10 +80,9 @@ class Parameters:
                     )
                 )
 
-    def indices_of(self, optimizer: torch.optim.Optimizer) -> list[int]:
-        """Which entries this optimizer holds."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [i for i, e in enumerate(self.entries) if id(e.tensor()) in held]
+    def index(self) -> dict[int, int]:
+        """The numbers of the entries by the identity of their tensors as they are now."""
+        return {id(e.tensor()): i for i, e in enumerate(self.entries)}
 
     def read_gradients(self, scale: float | Tensor | None) -> Readings:
         """The norms of all ``.grad`` as they are now, or why there is none."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.fx import _symbolic_trace
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from gradscope.collect.assembly import Pass, Slot
@@ -33,6 +35,7 @@ __all__ = [
     "first_tensor",
     "in_transform",
     "tensors_in",
+    "unseen",
 ]
 
 _NO_BACKWARD: Final = -1
@@ -66,6 +69,8 @@ class ForwardProbe(_Probe):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Hand the output to the recorder."""
+        if torch.compiler.is_compiling():
+            return  # decided while compiling: nothing of the watch is traced, and nothing guarded
         recorder = self._recorder()
         if recorder is not None and recorder.listening:
             recorder.guarded(self.site, recorder.on_forward, self.site, args, kwargs, output)
@@ -78,6 +83,8 @@ class BlockInputProbe(_Probe):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Hand the input to the recorder; what comes back replaces the arguments."""
+        if torch.compiler.is_compiling():
+            return None
         recorder = self._recorder()
         if recorder is not None and recorder.listening:
             return recorder.guarded(self.site, recorder.on_block_input, self.site, args, kwargs)
@@ -91,6 +98,8 @@ class RootStartProbe(_Probe):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Tell the recorder that a forward begins."""
+        if torch.compiler.is_compiling():
+            return
         recorder = self._recorder()
         if recorder is not None:
             recorder.guarded(-1, recorder.on_root_start, args, kwargs)
@@ -103,6 +112,8 @@ class RootEndProbe(_Probe):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Tell the recorder that a forward ended."""
+        if torch.compiler.is_compiling():
+            return
         recorder = self._recorder()
         if recorder is not None:
             recorder.guarded(-1, recorder.on_root_end, output)
@@ -111,17 +122,19 @@ class RootEndProbe(_Probe):
 class GradientProbe(_Probe):
     """Tensor hook on a watched output."""
 
-    __slots__ = ("slot",)
+    __slots__ = ("shape", "slot")
 
-    def __init__(self, recorder: Recorder, slot: Slot) -> None:
+    def __init__(self, recorder: Recorder, slot: Slot, shape: torch.Size) -> None:
         super().__init__(recorder, slot.site)
         self.slot = slot
+        self.shape = shape
 
     def __call__(self, grad: Tensor | None) -> None:
         """Hand the gradient to the recorder."""
         recorder = self._recorder()
         if recorder is not None and grad is not None:
-            recorder.guarded(self.site, recorder.on_gradient, self.slot, grad)
+            # The hook may sit on the base of a view, which has another shape.
+            recorder.guarded(self.site, recorder.on_gradient, self.slot, grad.reshape(self.shape))
 
 
 class BackwardProbe(_Probe):
@@ -175,7 +188,24 @@ def in_transform() -> bool:
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or _symbolic_trace._is_fx_tracing_flag
+        or (torch._C._len_torch_dispatch_stack() > 0 and _fake())
     )
+
+
+def _fake() -> bool:
+    key = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(k) is not None for k in (key.FAKE, key.PROXY, key.FUNCTIONAL))
+
+
+def unseen() -> contextlib.AbstractContextManager[Any]:
+    """A context in which the user's dispatch modes do not see what gradscope computes.
+
+    Selective checkpointing replays the operations that it saw; a profiler counts them.
+    """
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return contextlib.nullcontext()
+    return _disable_current_modes()
 
 
 # -- structured outputs ----------------------------------------------------------------------------

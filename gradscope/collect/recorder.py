@@ -98,11 +98,13 @@ class Recorder:
             self,
             self.layers,
             self._assembler.trunks,
+            linear=frozenset(s for s, (_, module) in enumerate(selected) if _ends_linear(module)),
             keep_input="input_cosine" in wanted,
             input_gradient=input_gradient,
         )
         self._assembler.verified = self._sampler.verified
         self._mask = mask
+        self._mask_seen = False
         self._scaler = scaler
         self._max_bytes = max_bytes
         self._warn = warn
@@ -131,7 +133,7 @@ class Recorder:
         self._accumulation = Accumulation(self._parameters)
         self._running: set[int] = set()
         self._arrived: list[Slot] = []
-        self._index_of: dict[int, int] = {}
+        self._index_of: dict[int, int] = self._parameters.index()
         self._optimizers: list[int] = []
         self._in_closure = False
         self._optimizer_seen = False
@@ -223,7 +225,7 @@ class Recorder:
         """Call a handler; an error in it is counted and warned of once, never raised."""
         mode = torch.is_grad_enabled()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), probes.unseen():
                 # Handlers run without grad; what the user's code runs under is what they ask.
                 self._grad_mode = mode
                 return function(*args)
@@ -287,6 +289,8 @@ class Recorder:
             except Exception as error:
                 self._pass.error = f"error: mask: {error}"
                 self._fault(-1, error)
+            self._mask_seen = self._mask_seen or self._pass.valid is not None
+            self._sampler.masked = self._pass.valid is None
 
     def _begin_pass(self) -> None:
         if self._asked and not (self._optimizer_seen or self._explicit) and self._begun is not None:
@@ -320,7 +324,7 @@ class Recorder:
         self._begun = time.perf_counter()
         self._recording = self.schedule.records(self.index)
         self._sampler.slow = self._recording and self.schedule.slow(self.index)
-        self._index_of = {id(e.tensor()): i for i, e in enumerate(self._parameters.entries)}
+        self._index_of = self._parameters.index()
 
     def _forget(self, p: Pass) -> None:
         if p in self._passes:
@@ -348,6 +352,15 @@ class Recorder:
                 probe = probes.BackwardProbe(self, p)
                 p.graph.append(weakref.ref(probe))
                 tensor.register_hook(probe)
+        if p.valid is not None and not self._sampler.masked:
+            shape = tuple(p.valid.shape)
+            p.error = f"error: the mask {list(shape)} has the shape [batch, tokens] of no watched layer"
+            self._say(
+                "mask",
+                f"mask= gave a tensor of shape {list(shape)}, which is [batch, tokens] of no watched layer's "
+                "output; nothing can be left out by it, and the step's values are absent. A tensor given as "
+                'mask= must fit every batch; name the forward\'s argument instead: mask="attention_mask".',
+            )
         p.loss = scalar_loss(output)
         if self._sampler.slow:
             self._sampler.prove_sole_consumers(p, output)
@@ -674,7 +687,8 @@ class Recorder:
         self._begun = None
 
     def _build(self) -> Step | None:
-        passes = [p for p in self._passes if not p.root_open and p.calls]
+        # Without any call, what came back says at least that gradients are there (a compiled model).
+        passes = [p for p in self._passes if not p.root_open and (p.calls or p.begun)]
         with_gradient = [p for p in passes if p.begun]
         # A forward that no gradient came back through (a sample drawn, a metric), or whose gradient
         # did not go to the parameters (a saliency map), is not of the step where another one is.
@@ -745,19 +759,25 @@ class Recorder:
 
     def _say_if_nothing_came(self) -> None:
         watched = f"{len(self.layers)} layers watched"
-        if not self.forwards and not self.steps:
-            compiled = bool(self._assembler.compiled)
+        if self._mask is not None and self.forwards and not self._mask_seen and not self.faults:
+            self._say(
+                "no mask",
+                f"mask={self._mask!r} was given, and none of {self.forwards} forward calls had it: padding, if "
+                "there is any, is in the values. Pass the mask to the model under that name.",
+            )
+        if self._assembler.compiled and not self.reached:
+            self._say(
+                "compiled",
+                f"{watched}, {len(self._assembler.compiled)} of them inside a compiled module, where hooks "
+                "are not called: their values are absent as 'compiled'. Watch and train the model "
+                "uncompiled for a while, or compile only what you do not watch.",
+            )
+        elif not self.forwards and not self.steps:
             self._say(
                 "no forward",
-                f"{watched}, 0 forward calls in grad mode. "
-                + (
-                    "The model is compiled, and hooks inside compiled code are not called: watch the "
-                    "uncompiled model."
-                    if compiled
-                    else "Either the model was never called, or only under torch.no_grad(), or it was "
-                    "compiled and run before it was watched. Call gradscope.watch(model) before the "
-                    "first call, and run the training loop inside the with-block."
-                ),
+                f"{watched}, 0 forward calls in grad mode. Either the model was never called, or only "
+                "under torch.no_grad(), or it was compiled (hooks inside compiled code are not called). "
+                "Run the uncompiled model's training loop inside `with gradscope.watch(model):`.",
             )
         elif not self.reached:
             self._say(
@@ -774,6 +794,13 @@ class Recorder:
 def _remove(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _ends_linear(module: nn.Module) -> bool:
+    """Whether a module's output is that of an `nn.Linear`."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    return type(module).forward is nn.Linear.forward
 
 
 def _wanted(chosen: Iterable[str] | None) -> frozenset[str]:

@@ -35,10 +35,12 @@ class Sampler:
         recorder: told of gradients by the hooks that are put on tensors.
         layers: the watched layers; sites are their indices.
         trunks: names of the trunks that have watched blocks.
+        linear: sites whose output is that of an `nn.Linear`.
         keep_input: whether slow steps keep the trunk's input for `input_cosine`.
         input_gradient: make a float trunk input require grad (for models that nobody else uses).
 
     Attributes:
+        masked: whether the mask had the shape of any tensor of this pass.
         slow: whether this step gets the slow statistics and the proofs on the graph.
         verified: for each branch, whether the graph showed that its output is added to the stream.
     """
@@ -49,17 +51,20 @@ class Sampler:
         layers: Sequence[Layer],
         trunks: Sequence[str],
         *,
+        linear: frozenset[int],
         keep_input: bool,
         input_gradient: bool,
     ) -> None:
         self._recorder = weakref.ref(recorder)
         self._layers = layers
         self._trunks = list(trunks)
+        self._linear = linear
         self._keep_input = keep_input
         self._input_gradient = input_gradient
         self._proofs: dict[tuple[int, int], bool | None] = {}
         self._recomputed: dict[int, list[Call]] = {}
         self.slow = False
+        self.masked = False
         self.verified: dict[int, bool] = {}
         block = {(x.trunk, x.block): s for s, x in enumerate(layers) if x.is_block}
         self._block_of_branch = {
@@ -163,6 +168,8 @@ class Sampler:
         if state is None and known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
         layer = self._layers[site]
+        if p.valid is not None and tensor.shape[:-1] in (p.valid.shape, p.valid.shape[::-1]):
+            self.masked = True
         values, absent = statistics.measure(
             tensor,
             ACTIVATION,
@@ -183,7 +190,16 @@ class Sampler:
         recorder = self._recorder()
         if recorder is None:
             return
-        handle = tensor.register_hook(probes.GradientProbe(recorder, slot))
+        probe = probes.GradientProbe(recorder, slot, tensor.shape)
+        if slot.owner is not None and not slot.owner.root_open:
+            slot.owner.graph.append(weakref.ref(probe))
+        base = tensor._base
+        if slot.site in self._linear and base is not None and base.numel() == tensor.numel():
+            # On [batch, tokens, features] a Linear returns a view of a tensor that nobody else has. An
+            # in-place operation on a view (a ReLU) leaves its graph node behind, but not its base's.
+            base.register_hook(probe)
+            return
+        handle = tensor.register_hook(probe)
         if tensor.is_leaf:
             slot.handles.append(handle)  # a leaf outlives its graph, and its hook would too
 

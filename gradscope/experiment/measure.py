@@ -95,10 +95,17 @@ def measure(
     }
     steps: list[Step] = []
     final: dict[str, Any] = {}
+    model: nn.Module | None = None
     with _own_random_state():
         for r, (make, data) in enumerate(runs):
             _seed(seed + r)
-            model = make()
+            previous, model = model, make()
+            if model is previous:
+                raise MeasureError(
+                    "make_model() returned the same model twice: its replicates would be one and the same. "
+                    "Make a new model in it (lambda: Model(...)), or give the model itself and several "
+                    "batches: measure(model, [batch, ...], loss)."
+                )
             if not isinstance(model, nn.Module):
                 raise TypeError(
                     f"make_model() returned an object of type {type(model).__name__}, no nn.Module"
@@ -123,6 +130,7 @@ def measure(
 def _one(
     model: nn.Module, batch: Any, loss: Loss, replicate: int, header: Mapping[str, Any], **options: Any
 ) -> tuple[Step, dict[str, Any]]:
+    gradients = [(p, p.grad) for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     recorder = Recorder(model, header=header, warn=False, update=False, input_gradient=True, **options)
     recorder.replicate = replicate
@@ -142,7 +150,7 @@ def _one(
                 "not a model of the enclosing scope."
             )
         value.backward()
-        if not recorder.backwards:
+        if not recorder.reached:
             raise MeasureError(
                 f"{len(recorder.layers)} layers measured, and the loss reaches none of them: no gradient "
                 "came back through any. Is the loss computed from the model's output, without detach()?"
@@ -151,6 +159,8 @@ def _one(
         recorder.end_step(value.detach())
     finally:
         recorder.close()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient  # of a model that the caller holds too
     if recorder.faults:
         raise MeasureError(f"gradscope failed while measuring: {dict(recorder.faults)}")
     return recorder.steps[0], recorder.header
@@ -179,7 +189,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _batches(batch: Any, most: int) -> Iterator[Any]:
-    if isinstance(batch, Tensor | Mapping | tuple):
+    if isinstance(batch, Tensor | Mapping | tuple) or not isinstance(batch, Iterable):
         yield batch
         return
     for i, item in enumerate(batch):

@@ -48,7 +48,7 @@ DEAD_TOKEN_COSINE: Final = 0.99
 #: ... and then queries and keys get next to none of the gradient (Noci et al. 2022, arXiv:2206.03126).
 DEAD_QK_RATIO: Final = 0.01
 
-Verdict = Literal["vanishes", "explodes", "is preserved", "is undecided", "underflows"]
+Verdict = Literal["vanishes", "explodes", "is preserved", "is undecided", "underflows", "overflows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class Flow:
         delta: Δ, in nats.
         increment: mean of ln(g_l / g_{l+1}) over the blocks, in nats per block.
         zeros: values of g_l that are exactly 0, over all seeds and positions.
+        nonfinite: values of g_l that are NaN or infinite.
         values: how many values of g_l there are.
     """
 
@@ -67,6 +68,7 @@ class Flow:
     delta: Interval
     increment: Interval
     zeros: int = 0
+    nonfinite: int = 0
     values: int = 0
 
 
@@ -89,11 +91,15 @@ def flow_verdict(flow: Flow) -> Verdict:
     """What the gradient does over the depth.
 
     ``vanishes`` if the interval of Δ ends below −`FLOW_NATS`, ``explodes`` if it begins above
-    +`FLOW_NATS`, ``is preserved`` if it lies between, ``underflows`` if exact zeros leave no finite Δ,
-    and else ``is undecided``. Without an interval (one seed) it is always undecided.
+    +`FLOW_NATS`, ``is preserved`` if it lies between, and else ``is undecided``. Without an interval
+    (one seed) it is always undecided. Where exact zeros, or values that are NaN or infinite, leave no
+    finite Δ: ``underflows`` or ``overflows``.
     """
-    if flow.zeros and not math.isfinite(flow.delta.estimate):
-        return "underflows"
+    if not math.isfinite(flow.delta.estimate) or flow.nonfinite:
+        if flow.nonfinite:
+            return "overflows"
+        if flow.zeros:
+            return "underflows"
     if flow.delta.high < -FLOW_NATS:
         return "vanishes"
     if flow.delta.low > FLOW_NATS:
@@ -109,7 +115,37 @@ _VERDICT_WORDS: Final[Mapping[Verdict, str]] = {
     "is preserved": f"keeps its norm (Δ within ±{FLOW_NATS:g} nats)",
     "is undecided": f"is undecided (the interval of Δ crosses ±{FLOW_NATS:g} nats)",
     "underflows": "underflows to exact zeros on its way to the input",
+    "overflows": "overflows (values that are NaN or infinite)",
 }
+_FALLING: Final[frozenset[Verdict]] = frozenset({"vanishes", "underflows"})
+_RISING: Final[frozenset[Verdict]] = frozenset({"explodes", "overflows"})
+
+
+def _verdicts_text(flows: Sequence[Flow]) -> str:
+    """What the gradient does, and at which depths where that differs."""
+    by_verdict: dict[Verdict, list[int]] = {}
+    for one in flows:
+        by_verdict.setdefault(flow_verdict(one), []).append(one.depth)
+    if len(by_verdict) == 1:
+        (verdict,) = by_verdict
+        if len(flows) == 1:
+            return f"{_VERDICT_WORDS[verdict]} at {flows[0].depth} blocks"
+        return f"{_VERDICT_WORDS[verdict]} at every depth measured"
+    return "; ".join(
+        f"{_VERDICT_WORDS[verdict]} at {listed(depths)} blocks" for verdict, depths in by_verdict.items()
+    )
+
+
+def _rates_text(flows: Sequence[Flow]) -> str:
+    """Nats per block at each depth; no rate is taken through values that are 0 or not finite."""
+    whole = [f for f in flows if not f.zeros and not f.nonfinite]
+    if not whole:
+        return ""
+    return ", ".join(f"{interval_text(f.increment)} at {f.depth}" for f in whole) + " blocks"
+
+
+def _deltas_text(flows: Sequence[Flow]) -> str:
+    return ", ".join(f"{interval_text(f.delta)} at {f.depth}" for f in flows) + " blocks"
 
 
 def flow(label: str, flows: Sequence[Flow]) -> str:
@@ -119,51 +155,37 @@ def flow(label: str, flows: Sequence[Flow]) -> str:
         label: the variant, as plots name it.
         flows: by depth, ascending.
     """
-    by_verdict: dict[Verdict, list[int]] = {}
-    for one in flows:
-        by_verdict.setdefault(flow_verdict(one), []).append(one.depth)
-    if len(by_verdict) == 1:
-        (verdict,) = by_verdict
-        where = (
-            f"at every depth measured ({flows[0].depth} to {flows[-1].depth} blocks)"
-            if len(flows) > 1
-            else f"at {flows[0].depth} blocks"
-        )
-        sentence = f"**{label}**: the gradient {_VERDICT_WORDS[verdict]} {where}"
-    else:
-        parts = [
-            f"{_VERDICT_WORDS[verdict]} at {listed(depths)} blocks"
-            for verdict, depths in by_verdict.items()
-        ]
-        sentence = f"**{label}**: the gradient " + "; ".join(parts)
-    rates = [f"{interval_text(f.increment)} at {f.depth}" for f in flows if not f.zeros]
+    sentence = f"**“{label}”**: the gradient {_verdicts_text(flows)}"
+    rates = _rates_text(flows)
     if rates:
-        sentence += f". Nats per block: {', '.join(rates)} blocks"
+        sentence += f". Nats per block: {rates}"
     last = flows[-1]
     if math.isfinite(last.delta.estimate):
         sentence += (
             f"; with {last.depth} blocks the trunk's input gets {factor_text(last.delta.estimate)} times "
             "the gradient of its output"
         )
-    zeros = sum(f.zeros for f in flows)
+    values = sum(f.values for f in flows)
+    zeros, nonfinite = sum(f.zeros for f in flows), sum(f.nonfinite for f in flows)
     if zeros:
-        sentence += f"; {zeros} of {sum(f.values for f in flows)} norms are exactly 0 (underflow)"
+        sentence += f"; {zeros} of {values} norms are exactly 0 (underflow)"
+    if nonfinite:
+        sentence += f"; {nonfinite} of {values} norms are NaN or infinite (overflow)"
     return sentence + "."
 
 
 def post_norm_alone(label: str, flows: Sequence[Flow]) -> str:
     """Whether the norm after the addition makes the gradient vanish, as it is often said to."""
-    vanishing = [f.depth for f in flows if flow_verdict(f) in ("vanishes", "underflows")]
-    kept = [f.depth for f in flows if flow_verdict(f) == "is preserved"]
-    deltas = ", ".join(f"{interval_text(f.delta)} at {f.depth}" for f in flows) + " blocks"
+    vanishing = [f.depth for f in flows if flow_verdict(f) in _FALLING]
+    deltas = _deltas_text(flows)
     if vanishing:
-        return f"**{label}**: the gradient vanishes at {listed(vanishing)} blocks; Δ is {deltas}."
-    if len(kept) == len(flows):
-        return (
-            f"**{label} does not vanish by itself**: its gradient {_VERDICT_WORDS['is preserved']} at "
-            f"every depth measured; Δ is {deltas}."
-        )
-    return f"{label}: the gradient is not shown to vanish, nor at every depth to be kept; Δ is {deltas}."
+        return f"**“{label}”**: the gradient vanishes at {listed(vanishing)} blocks; Δ is {deltas}."
+    if all(flow_verdict(f) == "is preserved" for f in flows):
+        verdicts = _verdicts_text(flows)
+        return f"**“{label}” does not vanish by itself**: its gradient {verdicts}; Δ is {deltas}."
+    return (
+        f"“{label}”: the gradient is not shown to vanish, nor at every depth to be kept; Δ is {deltas}."
+    )
 
 
 def grouped_flows(flows: Mapping[str, Sequence[Flow]]) -> str:
@@ -172,21 +194,11 @@ def grouped_flows(flows: Mapping[str, Sequence[Flow]]) -> str:
     Args:
         flows: by label, each by depth, ascending.
     """
-    groups: dict[tuple[tuple[int, Verdict], ...], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for label, by_depth in flows.items():
-        groups.setdefault(tuple((f.depth, flow_verdict(f)) for f in by_depth), []).append(label)
-    parts: list[str] = []
-    for verdicts, labels in groups.items():
-        by_verdict: dict[Verdict, list[int]] = {}
-        for depth, verdict in verdicts:
-            by_verdict.setdefault(verdict, []).append(depth)
-        where = "; ".join(
-            _VERDICT_WORDS[verdict]
-            + (" at every depth measured" if len(by_verdict) == 1 else f" at {listed(depths)} blocks")
-            for verdict, depths in by_verdict.items()
-        )
-        parts.append(f"the gradient of {listed(labels)} {where}")
-    return f"Of the other variants, {'. Also, '.join(parts)}."
+        groups.setdefault(_verdicts_text(by_depth), []).append(f"“{label}”")
+    parts = [f"that of {listed(labels)} {verdicts}" for verdicts, labels in groups.items()]
+    return f"The gradients of the other variants: {'. And '.join(parts)}."
 
 
 def effective_depths(values: Mapping[str, Interval], blocks: int, branches: int) -> str:
@@ -207,10 +219,10 @@ def effective_depths(values: Mapping[str, Interval], blocks: int, branches: int)
     )
     parts: list[str] = []
     if whole:
-        parts.append(f"all of them in {listed(whole)}")
-    parts += [f"{interval_text(known[label])} in {label}" for label in others]
+        parts.append(f"all of them in {listed([f'“{label}”' for label in whole])}")
+    parts += [f"{interval_text(known[label])} in “{label}”" for label in others]
     if none:
-        parts.append(f"none in {listed(none)}")
+        parts.append(f"none in {listed([f'“{label}”' for label in none])}")
     return (
         f"**Effective depth** at {blocks} blocks: of {branches} branches, the gradient at the trunk's "
         f"input has crossed on average {'; '.join(parts)}."
@@ -259,27 +271,26 @@ def initialisation_dependence(label: str, flows: Mapping[str, Sequence[Flow]]) -
         label: the variant, as plots name it.
         flows: by initialisation, each by depth, ascending.
     """
-    verdicts = {
-        name: {flow_verdict(f) for f in by_depth if f.depth == by_depth[-1].depth}.pop()
-        for name, by_depth in flows.items()
-    }
-    depth = next(iter(flows.values()))[-1].depth
-    by_name = "; ".join(
-        f"{name}: {interval_text(by_depth[-1].increment)} nats per block, {verdicts[name]}"
-        for name, by_depth in flows.items()
-    )
-    kinds = set(verdicts.values())
-    if "explodes" in kinds and kinds & {"vanishes", "underflows"}:
-        exploding = [name for name, verdict in verdicts.items() if verdict == "explodes"]
+    kinds = {name: {flow_verdict(f) for f in by_depth} for name, by_depth in flows.items()}
+    falling = [name for name, verdicts in kinds.items() if verdicts <= _FALLING]
+    rising = [name for name, verdicts in kinds.items() if verdicts <= _RISING]
+    if falling and rising:
         head = (
             f"**“{label}” does not always vanish: it depends on the initialisation, and reverses "
-            f"under {listed(exploding)}**"
+            f"under {listed(rising)}**"
         )
-    elif len(kinds) == 1:
+    elif len(falling) == len(flows) or len(rising) == len(flows):
         head = f"**“{label}” does the same under every initialisation tried**"
     else:
         head = f"**What “{label}” does depends on the initialisation**"
-    return f"{head} (at {depth} blocks: {by_name})."
+    parts: list[str] = []
+    for name, by_depth in flows.items():
+        rates = _rates_text(by_depth)
+        parts.append(
+            f"under {name} it {_verdicts_text(by_depth)}"
+            + (f" (nats per block: {rates})" if rates else "")
+        )
+    return f"{head}: {'; '.join(parts)}."
 
 
 def dead_net(label: str, flows: Sequence[Flow], tokens: Sequence[Tokens]) -> str:
@@ -299,7 +310,7 @@ def dead_net(label: str, flows: Sequence[Flow], tokens: Sequence[Tokens]) -> str
     numbers = (
         f"at {last.depth} blocks the token cosine at the end is {interval_text(end.token_cosine, 4)}, "
         f"and queries and keys get {interval_text(end.qk_first, 4)} of the values' gradient in the first "
-        f"block and {interval_text(end.qk_last, 4)} in the last"
+        f"block and {interval_text(end.qk_last, 4)} in the last; Δ is {_deltas_text(flows)}"
     )
     rule = f"(rule: token cosine above {DEAD_TOKEN_COSINE}, last ratio below {DEAD_QK_RATIO})"
     if both:
@@ -321,7 +332,7 @@ def not_flat(label: str, flows: Sequence[Flow]) -> str:
     """
     outside = [f for f in flows if f.delta.low > 0 or f.delta.high < 0]
     first, last = flows[0], flows[-1]
-    numbers = ", ".join(f"{interval_text(f.delta)} at {f.depth}" for f in flows) + " blocks"
+    numbers = _deltas_text(flows)
     if len(outside) < len(flows):
         which = [f.depth for f in flows if f not in outside]
         return f"“{label}” cannot be told from flat at {listed(which)} blocks: Δ is {numbers}."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gradscope.analysis import Interval
-from gradscope.study.claims_at_initialisation import Flow
+from gradscope.study.claims_at_initialisation import Flow, flow_verdict
 from gradscope.study.words import interval_text, listed
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Trained",
     "better_with",
     "faster_with",
+    "flow_change",
     "learned_context",
     "rate_edges",
     "robustness",
@@ -62,11 +63,11 @@ def learned_context(trained: Trained, unigram_nats: float) -> str:
     if not math.isfinite(trained.final.estimate):
         diverged = sum(len(v) < len(trained.steps) for v in trained.losses.values())
         return (
-            f"**{trained.label}** diverged in {max(diverged, 1)} of {len(trained.losses)} runs at its "
+            f"**“{trained.label}”** diverged in {max(diverged, 1)} of {len(trained.losses)} runs at its "
             f"best learning rate, {trained.rate:g}."
         )
     at = (
-        f"**{trained.label}** ends at {interval_text(trained.final, 3)} nats per byte "
+        f"**“{trained.label}”** ends at {interval_text(trained.final, 3)} nats per byte "
         f"(learning rate {trained.rate:g})"
     )
     low, high = unigram_nats - LEARNED_NATS, unigram_nats + LEARNED_NATS
@@ -131,8 +132,8 @@ def faster_with(with_skip: Trained, without: Trained) -> str:
 
 def rate_edges(trained: Sequence[Trained]) -> str:
     """Which best learning rates lie on the edge of what was tried."""
-    low = [t.label for t in trained if len(t.rates) > 1 and t.rate == t.rates[0]]
-    high = [t.label for t in trained if len(t.rates) > 1 and t.rate == t.rates[-1]]
+    low = [f"“{t.label}”" for t in trained if len(t.rates) > 1 and t.rate == t.rates[0]]
+    high = [f"“{t.label}”" for t in trained if len(t.rates) > 1 and t.rate == t.rates[-1]]
     parts: list[str] = []
     if low:
         parts.append(f"the smallest for {listed(low)}")
@@ -151,9 +152,23 @@ def zeros_in_training(label: str, first: Flow, last: Flow) -> str | None:
     if not first.zeros and not last.zeros:
         return None
     return (
-        f"**{label}**: in float32, denormals flushed, {first.zeros} of {first.values} gradient norms "
+        f"**“{label}”**: in float32, denormals flushed, {first.zeros} of {first.values} gradient norms "
         f"over depth are exactly 0 at the first step and {last.zeros} of {last.values} at the last "
         "recorded one. That is underflow; they are shown as zeros and no rate is computed through them."
+    )
+
+
+def flow_change(label: str, first: Flow, last: Flow) -> str | None:
+    """How training changes what the gradient does, where the verdict is another one afterwards.
+
+    The verdicts are those of `flow_verdict`, over the runs at the best learning rate.
+    """
+    before, after = flow_verdict(first), flow_verdict(last)
+    if before == after or "is undecided" in (before, after):
+        return None
+    return (
+        f"**Training changes the gradient of “{label}”**: at the first step it {before}, at the last "
+        f"recorded one it {after} (Δ {interval_text(first.delta)} and {interval_text(last.delta)} nats)."
     )
 
 

@@ -46,7 +46,7 @@ def _save(figure: Figure, path: Path) -> None:
 
     temporary = path.with_name(f"{path.name}.part")
     # Without the software's version in it, the same numbers give the same file.
-    figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
     pyplot.close(figure)
     temporary.replace(path)
 
@@ -78,35 +78,32 @@ def depth_gradient(study: Study) -> tuple[Figure, str]:
     """Gradient flow over depth, all variants on one axis, and magnified those that keep it."""
     depth = _shown_depth(study)
     found = _at_depth(study, depth)
-    figure, (whole, magnified) = _figure(2, 1, 8.2, 7.6)
+    figure, (whole, magnified) = _figure(2, 1, 8.6, 7.6)
     records = {label: one.record for label, one in found.items()}
-    plots.depth(records, "grad_l2", ax=whole, normalize=True)
+    for ax in (whole, magnified):  # both draw all, so that a variant has one colour
+        plots.depth(records, "grad_l2", ax=ax, normalize=True)
     whole.set_title(f"All variants at initialisation, {depth} blocks")
-    plots.depth(records, "grad_l2", ax=magnified, normalize=True)
-    spans = [_span(one) for one in found.values()]
-    near = [span for span in spans if span[0] > 1 / MAGNIFIED_FACTOR and span[1] < MAGNIFIED_FACTOR]
+    magnified.set_title("The same, magnified")
+    magnified.get_legend().remove()
+    near = [
+        one.span
+        for one in found.values()
+        if one.span[0] > 1 / MAGNIFIED_FACTOR and one.span[1] < MAGNIFIED_FACTOR
+    ]
     if near:
         magnified.set_ylim(0.8 * min(low for low, _ in near), 1.25 * max(high for _, high in near))
-    legend = magnified.get_legend()
-    if legend is not None:
-        legend.remove()
-    magnified.set_title("The same, magnified")
+        style.finish(magnified, log=True)
     return figure, (
         f"Gradient flow over depth at torch's default initialisation, {depth} blocks, relative to the "
         f"last block's output: mean of {study.plan.seeds} seeds and their range."
     )
 
 
-def _span(one: AtInitialisation) -> tuple[float, float]:
-    relative = one.grad.value / one.grad.value[:, -1:]
-    return float(relative.min()), float(relative.max())
-
-
 def activation_variance(study: Study) -> tuple[Figure, str]:
     """Activation variance over depth, all variants."""
     depth = _shown_depth(study)
     records = {label: one.record for label, one in _at_depth(study, depth).items()}
-    figure, ax = _figure(1, 1, 8.2, 4.2)
+    figure, ax = _figure(1, 1, 8.6, 4.2)
     plots.depth(records, "act_var", ax=ax)
     ax.set_title(f"At initialisation, {depth} blocks")
     return figure, (
@@ -115,15 +112,21 @@ def activation_variance(study: Study) -> tuple[Figure, str]:
     )
 
 
-def gradient_ratio(study: Study) -> tuple[Figure, str]:
-    """First-to-last gradient ratio against the number of blocks, all variants."""
+def _over_depths(study: Study, name: str) -> dict[str, tuple[list[float], Floats]]:
+    """One number per model: label → (numbers of blocks [n], values [S, n])."""
     points: dict[str, tuple[list[float], Floats]] = {}
     for variant in study.plan.variants:
         found = study.by_depth(variant)
-        deltas = np.stack([one.grad.delta_per_replicate for one in found], axis=1)
-        points[study.labels[variant]] = ([float(one.unit.depth) for one in found], np.exp(deltas))
-    figure, ax = _figure(1, 1, 8.2, 4.2)
-    plots.ratio_against_depth(points, ax=ax)
+        values = np.asarray([one.samples[name].values for one in found], dtype=np.float64).T
+        points[study.labels[variant]] = ([float(one.unit.depth) for one in found], values)
+    return points
+
+
+def gradient_ratio(study: Study) -> tuple[Figure, str]:
+    """First-to-last gradient ratio against the number of blocks, all variants."""
+    figure, ax = _figure(1, 1, 8.6, 4.2)
+    deltas = _over_depths(study, "delta")
+    plots.ratio_against_depth({label: (x, np.exp(y)) for label, (x, y) in deltas.items()}, ax=ax)
     return figure, (
         "The gradient at the trunk's input over that at its output, against the number of blocks, at "
         f"torch's default initialisation: mean of {study.plan.seeds} seeds and their range."
@@ -132,17 +135,16 @@ def gradient_ratio(study: Study) -> tuple[Figure, str]:
 
 def effective_depth(study: Study) -> tuple[Figure, str]:
     """Effective depth against the number of blocks, all variants."""
-    points: dict[str, tuple[list[float], Floats]] = {}
-    for variant in study.plan.variants:
-        found = study.by_depth(variant)
-        values = [[math.nan if d is None else d for d in one.outcome.effective_depth] for one in found]
-        points[study.labels[variant]] = ([float(one.unit.depth) for one in found], np.array(values).T)
-    figure, ax = _figure(1, 1, 8.2, 4.2)
-    plots.against_depth(points, ax=ax, label="Effective depth $D$ [branches]", log=True)
+    figure, ax = _figure(1, 1, 8.6, 4.2)
+    label = "Effective depth $D$ [branches]"
+    plots.against_depth(_over_depths(study, "effective_depth"), ax=ax, label=label)
+    # D may be 0 or slightly negative: logarithmic above, linear below what a tenth of a branch is.
+    ax.set_yscale("symlog", linthresh=0.1, linscale=0.5)
+    ax.set_ylim(bottom=-0.05)
     return figure, (
         "Effective depth against the number of blocks, at torch's default initialisation: how many "
         "residual branches the gradient at the trunk's input has crossed on average, of n = 2 L. It is n "
-        "without skips, by definition. No score: deeper is not better."
+        "without skips, by definition. No score: deeper is not better. (The axis is linear up to 0.1.)"
     )
 
 
@@ -204,15 +206,15 @@ def _padded(one: InTraining) -> Floats:
 def _unigram_line(ax: Axes, nats: float) -> None:
     ax.axhline(nats, color="0.45", linewidth=0.8, zorder=0)
     ax.annotate(
-        "byte frequencies alone",
+        "byte frequencies\nalone",
         (1.0, nats),
         xycoords=("axes fraction", "data"),
-        xytext=(-3, 2),
+        xytext=(5, 0),
         textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize=7.5,
-        color="0.4",
+        ha="left",
+        va="center",
+        fontsize=8,
+        color="0.35",
     )
 
 

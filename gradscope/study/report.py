@@ -10,7 +10,7 @@ from gradscope.study import claims_at_initialisation as at_initialisation
 from gradscope.study import claims_in_training as in_training
 from gradscope.study.summary import AtInitialisation, InTraining, Study, paired_difference
 from gradscope.study.training import BETAS, EPSILON, WEIGHT_DECAY
-from gradscope.study.words import interval_text, number_text
+from gradscope.study.words import factor_text, interval_text, number_text
 
 __all__ = ["report"]
 
@@ -124,7 +124,7 @@ def _rates(study: Study) -> str:
     plan = study.plan
     by_rates: dict[tuple[float, ...], list[str]] = {}
     for variant in plan.training_variants:
-        by_rates.setdefault(plan.rates(variant), []).append(study.labels[variant])
+        by_rates.setdefault(plan.rates(variant), []).append(f"“{study.labels[variant]}”")
     if len(by_rates) == 1:
         (rates,) = by_rates
         return f"Every variant tries the learning rates {_numbers(rates)}."
@@ -180,7 +180,7 @@ def _initialisation_claims(study: Study) -> Iterator[str]:
         yield at_initialisation.grouped_flows(others)
     depth = max(study.plan.depths)
     ends = {labels[v]: study.by_depth(v)[-1] for v in study.plan.variants}
-    branches = next(iter(ends.values())).outcome.branches
+    branches = next(iter(ends.values())).branches
     yield at_initialisation.effective_depths(
         {n: e.effective_depth for n, e in ends.items()}, depth, branches
     )
@@ -201,9 +201,12 @@ def _training_claims(study: Study) -> Iterator[str]:
                 yield head + in_training.faster_with(a.trained, b.trained)
         yield head + in_training.rate_edges([one.trained for one in trained.values()])
         for one in trained.values():
-            zeros = in_training.zeros_in_training(one.trained.label, one.first, one.last)
-            if zeros is not None:
-                yield head + zeros
+            for sentence in (
+                in_training.flow_change(one.trained.label, one.first, one.last),
+                in_training.zeros_in_training(one.trained.label, one.first, one.last),
+            ):
+                if sentence is not None:
+                    yield head + sentence
     if study.plan.robustness:
         depth = max(study.plan.training_depths)
         pair = [study.training[v, depth] for v in ("pre_norm", "post_norm")]
@@ -256,8 +259,10 @@ def _variant_table(study: Study) -> str:
     for variant in study.plan.variants:
         found = study.by_depth(variant)
         end = found[-1]
-        variance = f"{_short(end.variance_first)} → {_short(end.variance_last)}"
-        rows.append([study.labels[variant], *(_increment(a) for a in found), *_ends(end), variance])
+        first, last = (_short(end.geometric_mean(f"act_var_{where}")) for where in ("first", "last"))
+        rows.append(
+            [study.labels[variant], *(_increment(a) for a in found), *_ends(end), f"{first} → {last}"]
+        )
     depths = [
         [study.labels[v], *(_depth_cell(a) for a in study.by_depth(v))] for v in study.plan.variants
     ]
@@ -345,23 +350,28 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _increment(one: AtInitialisation) -> str:
-    text = interval_text(one.flow.increment, 3)
-    return f"{text} ({one.flow.zeros} zeros left out)" if one.flow.zeros else text
+    flow = one.flow
+    left_out = [f"{flow.zeros} zeros"] * bool(flow.zeros) + [f"{flow.nonfinite} overflown"] * bool(
+        flow.nonfinite
+    )
+    text = interval_text(flow.increment, 3)
+    return f"{text} ({' and '.join(left_out)} left out)" if left_out else text
 
 
 def _ends(one: AtInitialisation) -> list[str]:
     tokens = one.tokens
-    ratio = math.exp(one.flow.delta.estimate) if abs(one.flow.delta.estimate) < 700 else math.nan
-    cells = (ratio, tokens.token_cosine.estimate, tokens.qk_first.estimate, tokens.qk_last.estimate)
+    delta = one.flow.delta.estimate
+    ratio = "overflow" if one.flow.nonfinite and not math.isfinite(delta) else factor_text(delta)
     return [
-        _short(cells[0]) if ratio == ratio else f"e^{number_text(one.flow.delta.estimate, 0)}",
-        *(_short(x) for x in cells[1:]),
+        ratio,
+        *(_short(x.estimate) for x in (tokens.token_cosine, tokens.qk_first, tokens.qk_last)),
     ]
 
 
 def _depth_cell(one: AtInitialisation) -> str:
-    bad = next((s for s in one.outcome.effective_depth_status if s != "ok"), None)
-    return interval_text(one.effective_depth) if bad is None else f"absent: {bad}"
+    status = one.samples["effective_depth"].status
+    why = next((word for word in status if word != "ok"), None)
+    return interval_text(one.effective_depth) if why is None else f"absent: {why}"
 
 
 def _delta(flow: at_initialisation.Flow) -> str:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 
 from gradscope.errors import StudyError
-from gradscope.study.outcome import InitialisationOutcome, Outcome, TrainingOutcome
-from gradscope.study.plan import InitialisationUnit, Plan, TrainingUnit, Unit
+from gradscope.study.outcome import InitialisationOutcome, TrainingOutcome
+from gradscope.study.plan import InitialisationUnit, Plan, Unit
 from gradscope.study.progress import Reporter
 from gradscope.study.store import Store
 from gradscope.study.summary import AtInitialisation, InTraining, Run, Study
 from gradscope.study.text import Text, load_text
+from gradscope.study.words import interval_text
 from gradscope.study.workers import Done, Workers, available_cores
 
 __all__ = ["run_study"]
 
 POLL_S: Final = 0.5
+
+Part = AtInitialisation | Run
 
 
 def run_study(
@@ -54,11 +58,11 @@ def run_study(
     try:
         with reporter:
             try:
-                outcomes = _finish_all(plan, store, workers, reporter)
+                parts = _finish_all(plan, store, workers, reporter)
             finally:
                 workers.stop()
         reporter.say("drawing")
-        study = _assemble(plan, split, store, outcomes)
+        study = _assemble(plan, split, store, parts)
         _write(study, out)
     except KeyboardInterrupt:
         reporter.say(
@@ -76,70 +80,88 @@ def run_study(
     return study
 
 
-def _finish_all(plan: Plan, store: Store, workers: Workers, reporter: Reporter) -> dict[Unit, Outcome]:
+def _finish_all(plan: Plan, store: Store, workers: Workers, reporter: Reporter) -> dict[Unit, Part]:
     """Load what is done and run what is not, until nothing is left."""
-    outcomes: dict[Unit, Outcome] = {}
+    parts: dict[Unit, Part] = {}
     looked_up: set[Unit] = set()
     reporter.say(f"{plan.total_units} parts: {plan.name} plan; results go to {store.folder}")
     while True:
-        losses = _final_losses(outcomes)
+        losses = _final_losses(parts)
         known = plan.units(losses)
         for unit in known:
-            if unit in looked_up:
-                continue
-            looked_up.add(unit)
-            outcome = store.load(unit)
-            if outcome is not None:
-                outcomes[unit] = outcome
-                reporter.found(unit)
-        if _final_losses(outcomes) != losses:
+            if unit not in looked_up:
+                looked_up.add(unit)
+                part = _load(store, unit)
+                if part is not None:
+                    parts[unit] = part
+                    reporter.found(unit)
+        if _final_losses(parts) != losses:
             continue  # what was found may decide which units come next
         running = set(workers.running)
-        todo = [unit for unit in known if unit not in outcomes and unit not in running]
+        todo = [unit for unit in known if unit not in parts and unit not in running]
         while todo and workers.free:
             unit = todo.pop(0)
             workers.submit(unit)
             reporter.started(unit)
         if not workers.running:
-            return outcomes
+            return parts
+        _import_for_later()
         for event in workers.wait(POLL_S):
             if isinstance(event, Done):
-                outcome = store.load(event.unit)
-                if outcome is None:
+                part = _load(store, event.unit)
+                if part is None:
                     raise StudyError(
                         f"{event.unit.title}: its file {store.outcome_path(event.unit)} was changed or "
                         "removed meanwhile. Is a second study writing to the same folder? Give it its "
                         "own: --out DIR"
                     )
-                outcomes[event.unit] = outcome
-                reporter.finished(event.unit, _in_words(event.unit, outcome))
+                parts[event.unit] = part
+                reporter.finished(event.unit, _in_words(part))
             else:
                 reporter.progressed(event.unit, event.share)
 
 
-def _final_losses(outcomes: Mapping[Unit, Outcome]) -> dict[Unit, float]:
-    return {u: o.final_loss for u, o in outcomes.items() if isinstance(o, TrainingOutcome)}
+def _load(store: Store, unit: Unit) -> Part | None:
+    """What a finished unit says, or None where it is not done."""
+    outcome = store.load(unit)
+    if outcome is None:
+        return None
+    record = store.record(unit)
+    if isinstance(unit, InitialisationUnit):
+        assert isinstance(outcome, InitialisationOutcome)
+        return AtInitialisation.of(unit, outcome, record)
+    assert isinstance(outcome, TrainingOutcome)
+    return Run.of(unit, outcome, record)
 
 
-def _in_words(unit: Unit, outcome: Outcome) -> str:
-    if isinstance(outcome, TrainingOutcome):
-        if outcome.diverged_at is not None:
-            return f"diverged at step {outcome.diverged_at}"
-        return f"validation loss {outcome.final_loss:.3f}"
-    return f"{unit.seeds if isinstance(unit, InitialisationUnit) else 1} seeds"
+def _import_for_later() -> None:
+    """Load what drawing needs while the workers are busy and this process is not."""
+    import_module("gradscope.reference")
+    import_module("gradscope.study.pictures")
 
 
-def _assemble(plan: Plan, text: Text, store: Store, outcomes: Mapping[Unit, Outcome]) -> Study:
+def _final_losses(parts: Mapping[Unit, Part]) -> dict[Unit, float]:
+    return {unit: part.outcome.final_loss for unit, part in parts.items() if isinstance(part, Run)}
+
+
+def _in_words(part: Part) -> str:
+    if isinstance(part, AtInitialisation):
+        return f"Δ {interval_text(part.flow.delta)} nats"
+    if part.outcome.diverged_at is not None:
+        return f"diverged at step {part.outcome.diverged_at}"
+    return f"validation loss {part.outcome.final_loss:.3f}"
+
+
+def _assemble(plan: Plan, text: Text, store: Store, parts: Mapping[Unit, Part]) -> Study:
     from gradscope.reference import VARIANTS
 
     labels = {v: VARIANTS[v].label for v in (*plan.variants, *plan.training_variants)}
-    initialisation: dict[tuple[str, str, int], AtInitialisation] = {}
-    for unit in plan.initialisation_units:
-        outcome = outcomes[unit]
-        assert isinstance(outcome, InitialisationOutcome)
-        key = (unit.variant, unit.initialization, unit.depth)
-        initialisation[key] = AtInitialisation.of(unit, outcome, store.record(unit))
-    losses = _final_losses(outcomes)
+    initialisation = {
+        (part.unit.variant, part.unit.initialization, part.unit.depth): part
+        for part in (parts[unit] for unit in plan.initialisation_units)
+        if isinstance(part, AtInitialisation)
+    }
+    losses = _final_losses(parts)
     training: dict[tuple[str, int], InTraining] = {}
     for variant in plan.training_variants:
         for depth in plan.training_depths:
@@ -148,13 +170,12 @@ def _assemble(plan: Plan, text: Text, store: Store, outcomes: Mapping[Unit, Outc
             units = dict.fromkeys(
                 (*plan.rate_units(variant, depth), *plan.best_units(variant, depth, best))
             )
-            runs: dict[float, tuple[Run, ...]] = {
-                rate: tuple(
-                    _run(unit, outcomes[unit], store) for unit in units if unit.learning_rate == rate
-                )
+            runs = [part for part in map(parts.get, units) if isinstance(part, Run)]
+            by_rate = {
+                rate: tuple(run for run in runs if run.unit.learning_rate == rate)
                 for rate in plan.rates(variant)
             }
-            training[variant, depth] = InTraining.of(labels[variant], runs, best)
+            training[variant, depth] = InTraining.of(labels[variant], by_rate, best)
     return Study(
         plan=plan,
         text=text,
@@ -163,11 +184,6 @@ def _assemble(plan: Plan, text: Text, store: Store, outcomes: Mapping[Unit, Outc
         initialisation=initialisation,
         training=training,
     )
-
-
-def _run(unit: TrainingUnit, outcome: Outcome, store: Store) -> Run:
-    assert isinstance(outcome, TrainingOutcome)
-    return Run(unit=unit, outcome=outcome, record=store.record(unit))
 
 
 def _write(study: Study, out: Path) -> None:

@@ -29,7 +29,7 @@ __all__ = ["Store", "code_version"]
 #: The parts of the package whose source influences a stored number.
 _MEASURING: Final = (
     "layers.py",
-    "record.py",
+    "record",
     "scope.py",
     "statistics.py",
     "collect",
@@ -105,8 +105,15 @@ class Store:
         path = self.outcome_path(unit)
         path.unlink(missing_ok=True)  # never beside a Record that it does not belong to
         record.save(self.record_path(unit))
+        digest = _digest(self.record_path(unit))
         values = {f.name: _plain(getattr(outcome, f.name)) for f in fields(outcome)}
-        entry = {"key": self.key(unit), "code": self.code, "unit": asdict(unit), "outcome": values}
+        entry = {
+            "key": self.key(unit),
+            "code": self.code,
+            "unit": asdict(unit),
+            "record_sha256": digest,
+            "outcome": values,
+        }
         temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         temporary.write_text(json.dumps(entry, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(path)
@@ -114,11 +121,14 @@ class Store:
     def load(self, unit: Unit) -> Outcome | None:
         """The outcome of a unit that is done, or None.
 
-        A file that is damaged, or belongs to another configuration, text or code, counts as none.
+        A file that is damaged or was changed, or belongs to another configuration, text or code,
+        counts as none.
         """
         try:
             entry = json.loads(self.outcome_path(unit).read_text(encoding="utf-8"))
-            if entry["key"] != self.key(unit) or not self.record_path(unit).is_file():
+            if entry["key"] != self.key(unit) or entry["record_sha256"] != _digest(
+                self.record_path(unit)
+            ):
                 return None
             kind = InitialisationOutcome if isinstance(unit, InitialisationUnit) else TrainingOutcome
             return kind(**_restored(entry["outcome"]))
@@ -133,6 +143,11 @@ class Store:
         """Remove what killed workers left half-written."""
         for part in self.folder.glob("*.part"):
             part.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gradscope.analysis import Interval, Profile, interval, profile
-from gradscope.errors import QuantityError
 from gradscope.record import Record
 from gradscope.study.claims_at_initialisation import Flow, Tokens
 from gradscope.study.claims_in_training import Trained
@@ -18,9 +17,29 @@ from gradscope.study.outcome import InitialisationOutcome, TrainingOutcome
 from gradscope.study.plan import InitialisationUnit, Plan, TrainingUnit
 from gradscope.study.text import Text
 
-__all__ = ["AtInitialisation", "InTraining", "Run", "Study", "paired_difference", "per_seed"]
+__all__ = ["AtInitialisation", "InTraining", "Run", "Samples", "Study", "paired_difference"]
 
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """One number per seed.
+
+    Attributes:
+        unit: of the values.
+        values: one per seed; NaN where absent (or measured NaN: status ``ok``).
+        status: ``ok``, or why the value is absent, one per seed.
+    """
+
+    unit: str
+    values: tuple[float, ...]
+    status: tuple[str, ...]
+
+    @property
+    def interval(self) -> Interval:
+        """Mean over the seeds that have a value, with its 95 % interval."""
+        return interval(self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +48,21 @@ class AtInitialisation:
 
     Attributes:
         unit: what was measured.
-        outcome: what came out beside the Record.
+        branches: number of residual branches n.
         record: the Record.
-        grad: the gradient flow over depth.
-        flow: its Δ and rate.
+        flow: Δ and rate of the gradient flow.
         tokens: rank collapse.
-        effective_depth: D.
-        variance_first: activation variance of h_0, geometric mean over seeds.
-        variance_last: activation variance of h_L, likewise.
+        samples: what the table has, seed by seed, by name.
+        span: smallest and largest gradient flow, relative to that at the trunk's output.
     """
 
     unit: InitialisationUnit
-    outcome: InitialisationOutcome
+    branches: int
     record: Record
-    grad: Profile
     flow: Flow
     tokens: Tokens
-    effective_depth: Interval
-    variance_first: float
-    variance_last: float
+    samples: Mapping[str, Samples]
+    span: tuple[float, float]
 
     @classmethod
     def of(
@@ -55,25 +70,46 @@ class AtInitialisation:
     ) -> AtInitialisation:
         """Derive everything from a finished unit."""
         grad = profile(record, "grad_l2")
-        variance = profile(record, "act_var")
-        first, last = (
-            math.exp(interval(np.log(variance.value[:, i]).tolist()).estimate) for i in (0, -1)
-        )
+        delta, increment = grad.delta_per_replicate, grad.mean_increment_per_replicate
+        samples = {
+            "delta": _derived("nats", delta, "no two finite ends"),
+            "mean_increment": _derived("nats/block", increment, "no finite increments"),
+            **_ends(record, "grad_l2", grad),
+            **_ends(record, "act_var"),
+            **_ends(record, "qk_ratio"),
+            **_ends(record, "token_cosine"),
+        }
+        if unit.effective_depth:
+            depths = tuple(math.nan if d is None else d for d in outcome.effective_depth)
+            samples["effective_depth"] = Samples(
+                unit="branches", values=depths, status=outcome.effective_depth_status
+            )
+        with np.errstate(all="ignore"):
+            relative = grad.value / grad.value[:, -1:]
         return cls(
             unit=unit,
-            outcome=outcome,
+            branches=outcome.branches,
             record=record,
-            grad=grad,
-            flow=_flow(unit.depth, grad),
+            flow=_flow(unit.depth, [grad]),
             tokens=Tokens(
-                token_cosine=_at(record, "token_cosine", -1),
-                qk_first=_at(record, "qk_ratio", 0),
-                qk_last=_at(record, "qk_ratio", -1),
+                token_cosine=samples["token_cosine_last"].interval,
+                qk_first=samples["qk_ratio_first"].interval,
+                qk_last=samples["qk_ratio_last"].interval,
             ),
-            effective_depth=interval(math.nan if d is None else d for d in outcome.effective_depth),
-            variance_first=first,
-            variance_last=last,
+            samples=samples,
+            span=(float(relative.min()), float(relative.max())),
         )
+
+    @property
+    def effective_depth(self) -> Interval:
+        """D over seeds; without a value where it was not measured."""
+        found = self.samples.get("effective_depth")
+        return found.interval if found else interval(())
+
+    def geometric_mean(self, name: str) -> float:
+        """Geometric mean, exp of the mean of ln, over the seeds of one of the `samples`."""
+        with np.errstate(all="ignore"):
+            return float(np.exp(np.mean(np.log(self.samples[name].values))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +120,22 @@ class Run:
         unit: what was trained.
         outcome: the losses.
         record: what the watch saw.
+        first: gradient flow over depth at the first step.
+        last: gradient flow over depth at the last recorded step.
     """
 
     unit: TrainingUnit
     outcome: TrainingOutcome
     record: Record
+    first: Profile
+    last: Profile
 
-    def profile(self, quantity: str, *, last: bool) -> Profile:
-        """A quantity over depth at the first or last step that has it."""
-        found = profile(self.record, quantity)
-        if not last:
-            found = profile(self.record, quantity, step=min(s.step for s in self.record.steps))
-        return found
+    @classmethod
+    def of(cls, unit: TrainingUnit, outcome: TrainingOutcome, record: Record) -> Run:
+        """Derive everything from a finished unit."""
+        start = min(step.step for step in record.steps)
+        first, last = profile(record, "grad_l2", step=start), profile(record, "grad_l2")
+        return cls(unit=unit, outcome=outcome, record=record, first=first, last=last)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +187,8 @@ class InTraining:
                 losses={run.unit.seed: run.outcome.validation_loss for run in best},
                 final=interval(run.outcome.final_loss for run in best),
             ),
-            first=_joint_flow(unit.depth, [run.profile("grad_l2", last=False) for run in best]),
-            last=_joint_flow(unit.depth, [run.profile("grad_l2", last=True) for run in best]),
+            first=_flow(unit.depth, [run.first for run in best]),
+            last=_flow(unit.depth, [run.last for run in best]),
         )
 
 
@@ -187,14 +227,6 @@ class Study:
         )
 
 
-def per_seed(record: Record, quantity: str, position: int) -> Floats:
-    """A quantity at one position (0: first, −1: last) for every seed; all NaN if it cannot be had."""
-    try:
-        return np.asarray(profile(record, quantity).value[:, position], dtype=np.float64)
-    except QuantityError:
-        return np.full(1, math.nan)
-
-
 def paired_difference(a: Sequence[Run], b: Sequence[Run], *, diverged_nats: float = math.inf) -> Interval:
     """Final validation loss of a minus that of b, paired by seed, with its 95 % interval.
 
@@ -222,26 +254,36 @@ def paired_difference(a: Sequence[Run], b: Sequence[Run], *, diverged_nats: floa
         )
 
 
-def _at(record: Record, quantity: str, position: int) -> Interval:
-    return interval(per_seed(record, quantity, position).tolist())
-
-
-def _flow(depth: int, grad: Profile) -> Flow:
-    return Flow(
-        depth=depth,
-        delta=grad.delta(),
-        increment=grad.mean_increment(),
-        zeros=int(grad.zero.sum()),
-        values=int(grad.ok.sum()),
+def _derived(unit: str, values: Floats, why: str) -> Samples:
+    """Values of which NaN means that there was nothing to derive them from."""
+    return Samples(
+        unit=unit,
+        values=tuple(values.tolist()),
+        status=tuple("ok" if value == value else why for value in values.tolist()),
     )
 
 
-def _joint_flow(depth: int, profiles: list[Profile]) -> Flow:
-    """The flow over several Records, one per seed."""
+def _ends(record: Record, quantity: str, found: Profile | None = None) -> dict[str, Samples]:
+    """A quantity at its first and its last position, seed by seed."""
+    found = found or profile(record, quantity)
+    return {
+        f"{quantity}_{where}": Samples(
+            unit=found.unit,
+            values=tuple(found.value[:, position].tolist()),
+            status=tuple(found.status[:, position].tolist()),
+        )
+        for where, position in (("first", 0), ("last", -1))
+    }
+
+
+def _flow(depth: int, profiles: Sequence[Profile]) -> Flow:
+    """The gradient flow of one variant at one depth, over all replicates of all profiles."""
+    finite = [np.isfinite(p.value) for p in profiles]
     return Flow(
         depth=depth,
         delta=interval(x for p in profiles for x in p.delta_per_replicate.tolist()),
         increment=interval(x for p in profiles for x in p.mean_increment_per_replicate.tolist()),
         zeros=sum(int(p.zero.sum()) for p in profiles),
+        nonfinite=sum(int((p.ok & ~f).sum()) for p, f in zip(profiles, finite, strict=True)),
         values=sum(int(p.ok.sum()) for p in profiles),
     )

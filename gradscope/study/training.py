@@ -54,7 +54,12 @@ def _train(
         unit.variant, depth=unit.depth, width=unit.width, heads=unit.heads, context=unit.context
     )
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=unit.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY
+        model.parameters(),
+        lr=unit.learning_rate,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=WEIGHT_DECAY,
+        fused=True,  # a tenth of the step on a CPU
     )
     # A constant rate after the warm-up: a schedule that decays to zero would tie the loss curve to
     # the number of steps, and "faster" could not be read off it.

@@ -39,9 +39,13 @@ def listed(items: Sequence[object]) -> str:
 
 
 def factor_text(nats: float) -> str:
-    """e^nats as a factor, also where it is out of a float's range."""
+    """e^nats as a factor, also where that is out of a float's range."""
+    if not math.isfinite(nats):
+        return number_text(math.exp(nats) if nats < 0 else nats)
+    if abs(nats) < 2:
+        return number_text(math.exp(nats))
     if abs(nats) < math.log(1e5):
-        return number_text(math.exp(nats), 2 if abs(nats) < 2 else 1 if nats > 0 else 3)
+        return f"{math.exp(nats):.3g}"
     exponent = nats / math.log(10)
-    whole = math.floor(exponent)
-    return f"{10 ** (exponent - whole):.0f}e{whole}".replace("-", "−").replace("10e", "9e")
+    mantissa, carry = f"{10 ** (exponent - math.floor(exponent)):.0e}".split("e")
+    return f"{mantissa}e{math.floor(exponent) + int(carry)}".replace("-", "−")
