@@ -514,6 +514,26 @@ def test_positions_of_images_are_their_pixels() -> None:
     }
 
 
+class Mixed(nn.Module):
+    """Convolutions beside linear layers: each says for itself where its features are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.pool = nn.MaxPool1d(2)
+        self.linear = nn.Linear(4, 6)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(self.pool(self.norm(self.conv(x))).transpose(1, 2)))
+
+
+def test_sequences_beside_linear_layers_have_their_features_last() -> None:
+    found = _tokens(Mixed(), torch.randn(2, 3, 10))
+    assert found == {"": 10, "conv": 20, "norm": 20, "pool": 10, "linear": 10, "act": 10}
+
+
 def test_the_conv1d_of_transformers_is_a_linear_layer() -> None:
     model = real("GPT-2")
     with gradscope.watch(model, layers="**") as scope:

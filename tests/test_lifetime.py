@@ -219,26 +219,26 @@ def test_a_deleted_model_without_a_cycle_is_freed_at_once() -> None:
 def test_hundreds_of_watches_leave_nothing() -> None:
     from torch.optim import optimizer as optim
 
-    model = stack()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
     optimizer = sgd(model)
 
     def cycles(n: int) -> None:
         for _ in range(n):
-            with gradscope.watch(model, layers="**"):
+            with gradscope.watch(model, statistics=["l2"]):
                 train(model, range(1), optimizer)
         gc.collect()
 
-    cycles(5)
+    cycles(20)
     before = hooks_of(model)
-    tracemalloc.start()
+    tracemalloc.start(1)
     cycles(20)
     early = tracemalloc.get_traced_memory()[0]
-    cycles(275)
+    cycles(260)
     late = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert hooks_of(model) == before
     assert len(optim._global_optimizer_post_hooks) == 0
-    assert late - early < 50_000
+    assert late - early < 20_000
 
 
 def test_a_long_run_stays_within_its_bytes_and_keeps_what_matters() -> None:
@@ -348,7 +348,7 @@ def test_a_full_disk_loses_nothing_in_memory(tmp_path: Path, monkeypatch: pytest
     assert status(scope.record, "blocks.1", "output_grad", step=4) == "ok"
 
 
-@pytest.mark.parametrize("ending", ["", "del model", "raise SystemExit(0)"])
+@pytest.mark.parametrize("ending", ["", "del model"])
 def test_a_program_that_closes_nothing_still_writes_the_last_step(tmp_path: Path, ending: str) -> None:
     path = tmp_path / "run.jsonl"
     program = f"""

@@ -174,6 +174,8 @@ def test_the_best_rate_is_the_lowest_mean_loss_and_never_one_that_diverged() -> 
     assert plan.best_rate("no_skip", 2, equal) == 0.1
     diverged: dict[Unit, float] = {unit: math.nan for unit in losses}
     assert plan.best_rate("no_skip", 2, diverged) == 0.1
+    one_left = {unit: 3.0 if unit.learning_rate == 0.3 else math.nan for unit in losses}
+    assert plan.best_rate("no_skip", 2, one_left) == 0.3
 
 
 # -- the sentences: both directions of every claim -------------------------------------------------
@@ -631,9 +633,33 @@ def test_a_rerun_measures_nothing_again_but_what_is_missing(tiny_study: Path) ->
     after = stamps(tiny_study)
     again = {missing, f"{missing}l", damaged, f"{damaged}l"}
     assert {name for name in before if after[name] != before[name]} == again
-    assert "no_skip, torch initialisation, depth 2" in said
+    assert "no_skip, 2 blocks, torch initialisation" in said
     assert f"[{TINY.total_units:>3}/{TINY.total_units}]" in said
     assert (tiny_study / "study.md").exists()
+
+
+def test_robustness_is_spoken_of_only_with_every_rate_and_seed_and_several_depths(tmp_path: Path) -> None:
+    plan = replace(
+        TINY,
+        name="small full",
+        depths=(2,),
+        variants=("post_norm", "pre_norm"),
+        initializations=(),
+        training_variants=("post_norm", "pre_norm"),
+        training_depths=(2, 3),
+        other_rates=(1e-3, 1e4),  # one of them makes no sense
+        rate_seeds=2,
+        robustness=True,
+    )
+    study = run_study(plan, tmp_path, console=Console(file=io.StringIO()))
+    text = (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert "With 3 blocks" in text and "more robust" in text
+    assert "With 2 blocks" not in text
+    assert "At 2 blocks. " in text and "At 3 blocks. " in text
+    assert "### Training at 3 blocks" in text
+    assert "the smallest for “post-norm” and “pre-norm”" in text
+    assert study.training["pre_norm", 3].trained.rate == 1e-3
+    assert len(study.training["pre_norm", 3].by_rate[1e4]) == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a signal on POSIX only")
@@ -680,7 +706,7 @@ def test_a_worker_that_dies_is_named_and_what_is_done_is_kept(tmp_path: Path) ->
         workers.submit(replace(unit, steps=10**9))
         (process,) = (worker.process for worker in workers._workers)
         process.kill()
-        with pytest.raises(StudyError, match="training no_skip, depth 2") as caught:
+        with pytest.raises(StudyError, match="training no_skip, 2 blocks") as caught:
             for _ in range(100):
                 workers.wait(1.0)
     finally:
@@ -696,7 +722,7 @@ def test_a_unit_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     workers = Workers(1, text, Store(tmp_path, text.digest, "code"))
     try:
         workers.submit(unit)
-        with pytest.raises(StudyError, match="training no_skip, depth 2"):
+        with pytest.raises(StudyError, match="training no_skip, 2 blocks"):
             for _ in range(100):
                 workers.wait(1.0)
     finally:

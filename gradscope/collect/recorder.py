@@ -287,8 +287,8 @@ class Recorder:
             try:
                 self._pass.valid = valid_positions(self._mask, self._model(), args, kwargs)
             except Exception as error:
-                self._pass.error = f"error: mask: {error}"
                 self._fault(-1, error)
+                self._pass.error = f"error: mask: {error}"
             self._mask_seen = self._mask_seen or self._pass.valid is not None
             self._sampler.masked = self._pass.valid is None
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import Tensor
 
 from gradscope import statistics
@@ -90,7 +91,9 @@ class Sampler:
             return None
         changed = None
         if self._input_gradient and grad_mode and not source.requires_grad:
-            replaced = source.detach().clone().requires_grad_(True)
+            with torch.enable_grad():
+                # Not a leaf: the block may change its input in place.
+                replaced = source.detach().requires_grad_(True).clone()
             changed = _replace(args, kwargs, source, replaced)
             source = replaced
         if self.slow and self._keep_input:

@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
@@ -31,8 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradscope.collect.probes import tensors_in
 from gradscope.errors import LayerError, MeasureError
+from gradscope.experiment.batches import copied_twice, first_float, model_loss, own_random_state, replaced
 from gradscope.layers import named_layers, select
 
 __all__ = ["Checks", "EffectiveDepth", "effective_depth"]
@@ -148,9 +147,9 @@ def effective_depth(
                 f"Without loss=, model(**batch).loss is called, and the batch is no mapping but a "
                 f"{type(batch).__name__}. Write loss=lambda model, batch: ..., returning a scalar tensor."
             )
-        loss = _own_loss
+        loss = model_loss
     with _undisturbed(model):
-        single, doubled = _copies(batch, batch_dim)
+        single, doubled = copied_twice(batch, batch_dim)
         twin = _copy(model)
         plain = _Pass(twin, names, blocks, None)
         untagged = plain.gradient(loss, single)
@@ -320,7 +319,7 @@ class _Pass:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if self._input is not None or not self._open:
                 return None
-            h = _first_float((args, kwargs))
+            h = first_float((args, kwargs))
             if h is None:
                 raise MeasureError(f"{block} was called without a float tensor: no gradient can be read.")
             if h.dtype not in TOLERANCE:
@@ -333,7 +332,7 @@ class _Pass:
                 return None
             leaf = h.detach().requires_grad_()
             self._input = get_gradient_edge(leaf)
-            return _replaced((args, kwargs), h, leaf.clone())  # a leaf allows no in-place operation
+            return replaced((args, kwargs), h, leaf.clone())  # a leaf allows no in-place operation
 
         return hook
 
@@ -341,7 +340,7 @@ class _Pass:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if not self._open:
                 return None
-            value = _first_float(output)
+            value = first_float(output)
             if value is None:
                 raise MeasureError(f"The branch {name} returned no float tensor.")
             self.calls.append((name, value.shape))
@@ -357,7 +356,7 @@ class _Pass:
         return hook
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        value = _first_float(output)
+        value = first_float(output)
         if not self._open or value is None:
             return None
         self.block_shapes.append(value.shape)
@@ -384,7 +383,7 @@ class _Pass:
             self._differences.append(torch.where(off == 0, off, off / largest))
         apply: Callable[[Tensor, int], Tensor] = cast(Any, tag).apply
         tagged = apply(value, dim)
-        return _replaced(output, value, tagged), tagged
+        return replaced(output, value, tagged), tagged
 
     def _check_loss(self, value: Any) -> None:
         if not isinstance(value, Tensor) or value.dim() > 0:
@@ -569,108 +568,20 @@ def _refuse_coupled_samples(model: nn.Module) -> None:
                 )
 
 
-# -- batches and outputs -------------------------------------------------------------------
-
-
-def _mapped(value: Any, function: Callable[[Tensor, str], Any], path: str = "") -> Any:
-    """The same structure of tuples, lists, mappings and dataclasses, with its tensors mapped."""
-    if isinstance(value, Tensor):
-        return function(value, path)
-    it: Any = value  # its items are of any type
-    if isinstance(value, MutableMapping):  # before dataclasses: Hugging Face's outputs are both
-        result: Any = copy.copy(it)
-        for key in it:
-            result[key] = _mapped(it[key], function, f"{path}[{key!r}]")
-        return result
-    if isinstance(value, Mapping):
-        return {key: _mapped(it[key], function, f"{path}[{key!r}]") for key in it}
-    if isinstance(value, (tuple, list)):
-        items = [_mapped(item, function, f"{path}[{i}]") for i, item in enumerate(it)]
-        make: Any = getattr(it, "_make", it.__class__)  # named tuples take their items one by one
-        return make(items)
-    if is_dataclass(value) and not isinstance(value, type):
-        result = copy.copy(value)
-        for field in fields(value):
-            item = _mapped(getattr(value, field.name), function, f"{path}.{field.name}")
-            object.__setattr__(result, field.name, item)
-        return result
-    return value
-
-
-def _first_float(value: Any) -> Tensor | None:
-    return next((tensor for tensor in tensors_in(value) if tensor.is_floating_point()), None)
-
-
-def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
-    return _mapped(value, lambda tensor, path: new if tensor is old else tensor)
-
-
-def _copies(batch: Any, dim: int) -> tuple[Any, Any]:
-    """The batch on tensors of its own, and the batch twice along the dimension of the samples."""
-    sizes: dict[str, int] = {}
-
-    def check(tensor: Tensor, path: str) -> Tensor:
-        if tensor.dim() and not 0 <= dim < tensor.dim():
-            raise MeasureError(
-                f"batch{path} has shape {tuple(tensor.shape)}, and so no batch_dim={dim} along which to "
-                "copy it. Say which dimension the samples lie along, or give what is the same for all of "
-                "them inside the loss: loss=lambda model, batch: ..."
-            )
-        if tensor.dim():
-            sizes[path] = tensor.shape[dim]
-        return tensor
-
-    _mapped(batch, check)
-    if not sizes or 0 in sizes.values():
-        what = "is empty" if sizes else f"({type(batch).__name__}) holds no tensor that could be copied"
-        raise MeasureError(f"The batch {what}: give tensors with samples along batch_dim={dim}.")
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"batch{path}: {size}" for path, size in sizes.items())
-        raise MeasureError(
-            f"The tensors of the batch have different sizes along batch_dim={dim} ({listed}): which hold "
-            "samples cannot be told. Expand those that are shared to one row per sample."
-        )
-    single = _mapped(batch, lambda tensor, path: tensor.detach().clone())
-    double = _mapped(batch, lambda t, path: torch.cat((t, t), dim).detach() if t.dim() else t.clone())
-    return single, double
-
-
 # -- surroundings --------------------------------------------------------------------------
-
-
-def _own_loss(model: Any, batch: Any) -> Tensor:
-    value = getattr(model(**batch), "loss", None)
-    if value is None:
-        raise MeasureError(
-            "model(**batch) has no .loss (a Hugging Face model computes it when the batch has labels). "
-            "Write loss=lambda model, batch: ..., which returns a scalar tensor."
-        )
-    return value
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Generator[None]:
     """Gradients on; every random state as it was, afterwards."""
-    devices: dict[str, set[int]] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type not in ("cpu", "meta"):
-            devices.setdefault(tensor.device.type, set()).add(tensor.device.index or 0)
-    python, legacy = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
-        fork = cast(Any, torch.random).fork_rng
-        stack.enter_context(fork(devices=[]))
-        for kind, indices in devices.items():
-            stack.enter_context(fork(devices=sorted(indices), device_type=kind))
+        stack.enter_context(own_random_state((*model.parameters(), *model.buffers())))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
             # A compiled part would run without the hooks, that were not there when it was traced.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
+        yield
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from gradscope.collect.arguments import Mask
 from gradscope.collect.recorder import Recorder
 from gradscope.errors import MeasureError
+from gradscope.experiment.batches import mapped, model_loss, own_random_state
 from gradscope.layers import Selection
 from gradscope.record import Record, Step
 
-__all__ = ["measure", "model_loss"]
+__all__ = ["measure"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -96,14 +96,14 @@ def measure(
     steps: list[Step] = []
     final: dict[str, Any] = {}
     model: nn.Module | None = None
-    with _own_random_state():
+    with own_random_state():
         for r, (make, data) in enumerate(runs):
             _seed(seed + r)
             previous, model = model, make()
             if model is previous:
                 raise MeasureError(
-                    "make_model() returned the same model twice: its replicates would be one and the same. "
-                    "Make a new model in it (lambda: Model(...)), or give the model itself and several "
+                    "make_model() returned the same model twice: its replicates would be one and the "
+                    "same. Make a new model in it (lambda: Model(...)), or give the model itself and several "
                     "batches: measure(model, [batch, ...], loss)."
                 )
             if not isinstance(model, nn.Module):
@@ -166,28 +166,6 @@ def _one(
     return recorder.steps[0], recorder.header
 
 
-def model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The default loss: ``model(**batch).loss``, as transformers models return it.
-
-    Raises:
-        MeasureError: the batch is no mapping, or the output has no loss.
-    """
-    if not isinstance(batch, Mapping):
-        raise MeasureError(
-            "Without loss=, the batch must be a mapping of the model's arguments with labels, because "
-            f"the loss is model(**batch).loss; the batch is a {type(batch).__name__}. Write "
-            "loss=lambda model, batch: ..."
-        )
-    output = model(**batch)
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if found is None:
-        raise MeasureError(
-            f"model(**batch) returned a {type(output).__name__} without a loss. Put labels into the "
-            "batch, or write loss=lambda model, batch: ..."
-        )
-    return found
-
-
 def _batches(batch: Any, most: int) -> Iterator[Any]:
     if isinstance(batch, Tensor | Mapping | tuple) or not isinstance(batch, Iterable):
         yield batch
@@ -198,31 +176,11 @@ def _batches(batch: Any, most: int) -> Iterator[Any]:
         yield item
 
 
-def _to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: _to_dtype(v, dtype) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_dtype(v, dtype) for v in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_to_dtype(v, dtype) for v in value)
-    return value
+def _to_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    return mapped(batch, lambda t, path: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-
-
-@contextlib.contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, the caller's random state is afterwards as it was."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

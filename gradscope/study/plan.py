@@ -49,7 +49,7 @@ class InitialisationUnit:
     @property
     def title(self) -> str:
         """The unit in words, for the progress display."""
-        return f"{self.variant}, {self.initialization} initialisation, depth {self.depth}"
+        return f"{self.variant}, {self.depth} blocks, {self.initialization} initialisation"
 
     @property
     def work(self) -> float:
@@ -102,8 +102,7 @@ class TrainingUnit:
     def title(self) -> str:
         """The unit in words, for the progress display."""
         return (
-            f"training {self.variant}, depth {self.depth}, "
-            f"learning rate {self.learning_rate:g}, seed {self.seed}"
+            f"training {self.variant}, {self.depth} blocks, rate {self.learning_rate:g}, seed {self.seed}"
         )
 
     @property
@@ -347,11 +346,11 @@ PLANS: Final[Mapping[str, Plan]] = MappingProxyType(
                 # One range for all: how much of it a variant tolerates is the question here.
                 other_rates=(3e-4, 1e-3, 3e-3, 1e-2),
                 rate_seeds=3,
-                steps=300,
-                warmup_steps=20,
+                steps=160,
+                warmup_steps=16,
                 evaluate_every=20,
-                validation_windows=64,
-                watch_every=10,
+                validation_windows=32,
+                watch_every=16,
                 robustness=True,
             ),
             Plan(

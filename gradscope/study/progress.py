@@ -8,7 +8,8 @@ from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from gradscope.study.plan import Unit
 
@@ -35,14 +36,17 @@ class Reporter:
         self._bar: Progress | None = None
         if console.is_terminal:
             bar = Progress(
-                TextColumn("{task.fields[units]}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:>3.0f} %"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("[dim]{task.description}"),
+                TextColumn("{task.fields[units]}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=16),
+                TextColumn("{task.percentage:>3.0f} %", table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(compact=True, table_column=Column(min_width=5, no_wrap=True)),
+                TextColumn("left", table_column=Column(no_wrap=True)),
+                TextColumn(
+                    "[dim]{task.description}",
+                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                ),
                 console=console,
+                expand=True,
                 speed_estimate_period=120,
                 redirect_stderr=False,
             )
@@ -110,6 +114,8 @@ class Reporter:
         if self._bar is None:
             return
         work = self._done_work + sum(unit.work * share for unit, share in self._shares.items())
+        if self._done_units == self._total_units:
+            work = self._total_work  # sums of floats end short of it
         latest = next(reversed(self._shares), None)
         self._bar.update(
             self._task,
