@@ -92,7 +92,7 @@ def watch(
         kind = "the class" if isinstance(model, type) else "an object of type"
         name = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"watch() takes an nn.Module instance; got {kind} {name}.")
-    options = {
+    options: dict[str, Any] = {
         "layers": layers,
         "statistics": statistics,
         "schedule": Schedule(every=every, slow_every=slow_every),

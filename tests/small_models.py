@@ -122,7 +122,13 @@ def truth(
 
 
 def cell(
-    record: Record, layer: str, signal: str, statistic: str = "l2", *, step: int | None = None, call: int = 0
+    record: Record,
+    layer: str,
+    signal: str,
+    statistic: str = "l2",
+    *,
+    step: int | None = None,
+    call: int = 0,
 ) -> tuple[float, str]:
     """One value and its status; the last step unless told."""
     step = record.steps[-1].step if step is None else step

@@ -55,7 +55,9 @@ class Flat(nn.Module):
 def test_no_trunk() -> None:
     with pytest.raises(LayerError) as error:
         gradscope.watch(Flat())
-    assert has(str(error.value), "No trunk", "Flat", "2 modules", 'layers="path.to.blocks.*"', 'layers="**"')
+    assert has(
+        str(error.value), "No trunk", "Flat", "2 modules", 'layers="path.to.blocks.*"', 'layers="**"'
+    )
 
 
 def test_a_model_without_trunk_can_be_watched_by_name() -> None:
@@ -197,7 +199,14 @@ def test_a_model_never_called() -> None:
         assert scope.record.steps == ()
 
     (text,) = said(run)
-    assert has(text, "6 layers watched, 0 forward calls", "never called", "no_grad", "compiled", "with gradscope.watch(")
+    assert has(
+        text,
+        "6 layers watched, 0 forward calls",
+        "never called",
+        "no_grad",
+        "compiled",
+        "with gradscope.watch(",
+    )
 
 
 def test_a_model_only_evaluated() -> None:

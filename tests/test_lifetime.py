@@ -110,7 +110,17 @@ def test_the_users_hooks_keep_their_order() -> None:
     scope.close()
     block.register_forward_hook(hook("after"))
     train(model, range(1))
-    assert heard == ["pre", "before", "during", "backward", "pre", "before", "during", "after", "backward"]
+    assert heard == [
+        "pre",
+        "before",
+        "during",
+        "backward",
+        "pre",
+        "before",
+        "during",
+        "after",
+        "backward",
+    ]
     assert len(scope.record.steps) == 1
 
 
@@ -179,7 +189,10 @@ def test_a_model_and_its_part_are_watched_side_by_side() -> None:
     g = expected.output_grad
     assert_equal(value(part.record, "mlp.0", "output_grad"), g["blocks.1.mlp.0"][0] or 0)
     assert_equal(value(part.record, "", "output_grad"), g["blocks.1"][0] or 0)
-    assert_equal(value(part.record, "mlp.0.weight", "param_grad"), expected.param_grad["blocks.1.mlp.0.weight"] or 0)
+    assert_equal(
+        value(part.record, "mlp.0.weight", "param_grad"),
+        expected.param_grad["blocks.1.mlp.0.weight"] or 0,
+    )
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -355,7 +368,8 @@ def test_a_program_that_closes_nothing_still_writes_the_last_step(tmp_path: Path
 import warnings; warnings.simplefilter("error")
 import torch, gradscope
 torch.manual_seed(0)
-model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(3)])
+nn = torch.nn
+model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)])
 optimizer = torch.optim.SGD(model.parameters(), lr=.1)
 gradscope.watch(model, path={str(path)!r})
 for _ in range(3):
@@ -374,7 +388,9 @@ del optimizer
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_an_error_in_a_kernel_never_ends_the_training(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_kernel_never_ends_the_training(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = stack()
     unwatched = copy.deepcopy(model)
     losses = [square_loss(unwatched, batch(i)) for i in range(1)]

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from small_models import Stack, assert_equal, assert_true, batch, hooks_of, square_loss, stack, truth, value
+from small_models import (
+    Stack,
+    assert_equal,
+    assert_true,
+    batch,
+    hooks_of,
+    square_loss,
+    stack,
+    truth,
+    value,
+)
 from torch import Tensor, nn
 
 import gradscope
@@ -78,7 +88,9 @@ def test_batches_may_be_an_iterator_of_which_so_many_are_taken() -> None:
 class Mapping(Stack):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         out = super().forward(x)
-        return {"logits": out} if labels is None else {"logits": out, "loss": (out - labels).square().mean()}
+        return (
+            {"logits": out} if labels is None else {"logits": out, "loss": (out - labels).square().mean()}
+        )
 
 
 def test_the_default_loss_is_the_models() -> None:
@@ -336,9 +348,9 @@ def test_a_loss_that_reaches_other_layers_only() -> None:
 
 
 def test_a_maker_that_makes_no_model() -> None:
-    with pytest.raises(TypeError, match="make_model.. returned an object of type int"):
+    with pytest.raises(TypeError, match=r"make_model\(\) returned an object of type int"):
         gradscope.measure(lambda: 3, batch(), square_loss)  # type: ignore[arg-type, return-value]
-    with pytest.raises(TypeError, match="a function that makes the model, or a model; .* type str"):
+    with pytest.raises(TypeError, match=r"a function that makes the model, or a model; .* type str"):
         gradscope.measure("model", batch(), square_loss)  # type: ignore[arg-type]
 
 

@@ -585,6 +585,41 @@ def test_blocks_called_without_their_model_prove_nothing() -> None:
     assert sorted(t["status"].tolist()) == sorted([HIDDEN] * 3 + [LAST])
 
 
+class Headless(nn.Module):
+    """A float input goes straight into the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(MlpFirst() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_an_input_that_is_a_leaf_is_a_position_like_any_other() -> None:
+    model, x = Headless(), torch.randn(2, 3, 4, requires_grad=True)
+    with gradscope.watch(model) as scope:
+        model(x).square().sum().backward()
+    t = scope.record.table(statistic="unit_skip")
+    skips = dict(zip(t["depth"], t["status"], strict=True))
+    assert skips == {0.0: "ok", 1.0: "ok", 2.0: LAST}
+    t = scope.record.table(signal="output_grad", statistic="l2")
+    found = {
+        (n, k): (d, v) for n, k, d, v in zip(t["layer"], t["type"], t["depth"], t["value"], strict=True)
+    }
+    assert {n: d for (n, _), (d, _) in found.items() if n.count(".") == 2} == {
+        "blocks.0.mlp": 0.5,
+        "blocks.0.attn": 1.0,
+        "blocks.1.mlp": 1.5,
+        "blocks.1.attn": 2.0,
+    }
+    assert x.grad is not None
+    assert found["blocks.0", "Stream"] == (0, pytest.approx(x.grad.norm().item(), rel=1e-6))
+    assert not x._backward_hooks  # a leaf outlives the pass; the hook on it does not
+
+
 # -- branches --------------------------------------------------------------------------------------
 
 

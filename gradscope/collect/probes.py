@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -147,6 +148,7 @@ class BackwardProbe(_Probe):
         self.owner = owner
 
     def __call__(self, grad: Tensor | None) -> None:
+        """Called with the gradient, which may be None."""
         recorder = self._recorder()
         if recorder is not None:
             recorder.guarded(-1, recorder.on_backward_start, self.owner)
@@ -162,6 +164,7 @@ class ScaleProbe(_Probe):
         self.scale = scale
 
     def __call__(self, grad: Tensor | None) -> None:
+        """Called with the gradient of the scaled loss."""
         recorder = self._recorder()
         if recorder is not None:
             recorder.guarded(-1, recorder.on_scaled_backward, self.scale)
@@ -187,7 +190,7 @@ def in_transform() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or _symbolic_trace._is_fx_tracing_flag
         or (torch._C._len_torch_dispatch_stack() > 0 and _fake())
     )

@@ -353,13 +353,14 @@ class Recorder:
                 p.graph.append(weakref.ref(probe))
                 tensor.register_hook(probe)
         if p.valid is not None and not self._sampler.masked:
-            shape = tuple(p.valid.shape)
-            p.error = f"error: the mask {list(shape)} has the shape [batch, tokens] of no watched layer"
+            shape = list(p.valid.shape)
+            p.error = f"error: the mask {shape} has the shape [batch, tokens] of no watched layer"
             self._say(
                 "mask",
-                f"mask= gave a tensor of shape {list(shape)}, which is [batch, tokens] of no watched layer's "
-                "output; nothing can be left out by it, and the step's values are absent. A tensor given as "
-                'mask= must fit every batch; name the forward\'s argument instead: mask="attention_mask".',
+                f"mask= gave a tensor of shape {shape}, which is [batch, tokens] of no watched layer's "
+                "output; nothing can be left out by it, and the step's values are absent. A tensor given "
+                "as mask= must fit every batch; name the forward's argument instead: "
+                'mask="attention_mask".',
             )
         p.loss = scalar_loss(output)
         if self._sampler.slow:
@@ -732,7 +733,8 @@ class Recorder:
             calls = [owner[id(s)] for s in self._arrived if id(s) in owner]
         elif signal != "activation":
             return []
-        return [(self.layers[c.site].name, self.layers[c.site].type, c.index) for c in calls if c.site >= 0]
+        named = [(self.layers[c.site], c.index) for c in calls if c.site >= 0]
+        return [(layer.name, layer.type, index) for layer, index in named]
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -762,14 +764,14 @@ class Recorder:
         if self._mask is not None and self.forwards and not self._mask_seen and not self.faults:
             self._say(
                 "no mask",
-                f"mask={self._mask!r} was given, and none of {self.forwards} forward calls had it: padding, if "
-                "there is any, is in the values. Pass the mask to the model under that name.",
+                f"mask={self._mask!r} was given, and none of {self.forwards} forward calls had it: "
+                "padding, if there is any, is in the values. Pass the mask to the model under that name.",
             )
         if self._assembler.compiled and not self.reached:
             self._say(
                 "compiled",
-                f"{watched}, {len(self._assembler.compiled)} of them inside a compiled module, where hooks "
-                "are not called: their values are absent as 'compiled'. Watch and train the model "
+                f"{watched}, {len(self._assembler.compiled)} of them inside a compiled module, where "
+                "hooks are not called: their values are absent as 'compiled'. Watch and train the model "
                 "uncompiled for a while, or compile only what you do not watch.",
             )
         elif not self.forwards and not self.steps:

@@ -103,8 +103,8 @@ def measure(
             if model is previous:
                 raise MeasureError(
                     "make_model() returned the same model twice: its replicates would be one and the "
-                    "same. Make a new model in it (lambda: Model(...)), or give the model itself and several "
-                    "batches: measure(model, [batch, ...], loss)."
+                    "same. Make a new model in it (lambda: Model(...)), or give the model itself and "
+                    "several batches: measure(model, [batch, ...], loss)."
                 )
             if not isinstance(model, nn.Module):
                 raise TypeError(
