@@ -196,8 +196,8 @@ def measure(
         columns: `ACTIVATION` or `GRADIENT`.
         feature_axis: see `Sample`.
         token_axis: see `Sample`.
-        valid: see `Sample`; applies where its shape is that of the leading axes, and leaves padding
-            out of every value and count.
+        valid: see `Sample`; leaves padding out of every value and count. One row per sequence
+            ([batch, features]) has none; where it fits no other way, the values are absent.
         input: see `Sample`.
         slow: whether the slow statistics are due.
         stream: whether this is a position of the residual stream.
@@ -217,11 +217,22 @@ def measure(
     if x.dim() < 2:
         x = x.reshape(1, -1)
         feature_axis = -1
+        valid = None
     features = x.shape[feature_axis]
     if valid is not None and token_axis == 0 and x.dim() == 3:
         valid = valid.transpose(0, 1)
-    if valid is not None and (feature_axis != -1 or x.shape[:-1] != valid.shape):
-        valid = None
+    if valid is not None and x.shape[:-1] != valid.shape:
+        if x.dim() == 2 and len(x) == valid.numel():
+            # Tokens of all sequences in one axis.
+            valid = (valid.transpose(0, 1) if token_axis == 0 else valid).reshape(-1)
+        elif x.dim() == 2 and len(x) == valid.shape[0]:
+            valid = None  # one row per sequence: no padding in it
+        else:
+            why = f"not supported: the mask {list(valid.shape)} does not fit {list(x.shape)}"
+            return values, dict.fromkeys(range(len(columns)), why)
+    if valid is not None and feature_axis != -1:
+        why = "not supported: a mask over channels-first values"
+        return values, dict.fromkeys(range(len(columns)), why)
     if valid is not None and x.device.type == "cpu" and not bool(valid.any()):
         return values, dict.fromkeys(range(len(columns)), "not supported: everything is masked")
     sample = Sample(x, feature_axis, token_axis, valid, input)

@@ -139,8 +139,20 @@ def test_a_mask_is_turned_for_sequence_first_tensors() -> None:
             assert sequence_first[name] == pytest.approx(value, rel=1e-12), name
 
 
-def test_a_mask_of_another_shape_is_not_applied_to_pooled_tensors() -> None:
-    assert measured(torch.ones(4, 3), valid=torch.tensor([[1, 0]]).bool())["count"] == 12
+def test_a_mask_leaves_pooled_rows_alone_and_covers_flattened_tokens() -> None:
+    mask = torch.tensor([[1, 0], [1, 1]]).bool()
+    assert measured(torch.ones(2, 3), valid=mask)["count"] == 6  # one row per sequence
+    flattened = torch.tensor([[1.0], [100.0], [2.0], [3.0]])
+    found = measured(flattened, valid=mask)
+    assert (found["count"], found["absmax"]) == (3, 3.0)
+    found = measured(flattened[[0, 2, 1, 3]], valid=mask, token_axis=0)  # tokens first, then sequences
+    assert (found["count"], found["absmax"]) == (3, 3.0)
+
+
+def test_where_a_mask_does_not_fit_there_is_no_value() -> None:
+    for shape in ((5, 3), (2, 4, 2, 2), (3, 2, 2)):
+        found = measured(torch.ones(shape), valid=torch.tensor([[1, 0], [1, 1]]).bool())
+        assert str(found["l2"]).startswith("not supported: the mask")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

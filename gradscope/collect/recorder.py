@@ -121,7 +121,6 @@ class Recorder:
         self.replicate = 0
         self.index = 0 if self._writer is None else self._writer.last_step + 1
         self._bytes = 0
-        self._first_index = self.index
         self._passes: list[Pass] = []
         self._pass: Pass | None = None
         self._recording = False

@@ -57,8 +57,8 @@ def learned_context(trained: Trained, unigram_nats: float) -> str:
     """Whether a variant learned more than how frequent each byte is.
 
     It did if the interval of its final loss ends at least `LEARNED_NATS` below the unigram
-    cross-entropy; it learned the frequencies alone if the interval lies within ±`LEARNED_NATS` of it,
-    and not even those if it begins above; else it is not decided.
+    cross-entropy, it did not if the interval begins above that (and has not even learned the
+    frequencies if it begins `LEARNED_NATS` above), and else it is not decided.
     """
     if not math.isfinite(trained.final.estimate):
         diverged = sum(len(v) < len(trained.steps) for v in trained.losses.values())
@@ -75,8 +75,8 @@ def learned_context(trained: Trained, unigram_nats: float) -> str:
         return f"{at}: it has learned from the context."
     if trained.final.low > high:
         return f"{at}: it has not even learned how frequent each byte is."
-    if low <= trained.final.low and trained.final.high <= high:
-        return f"{at}: **it has learned how frequent each byte is, and nothing else**."
+    if trained.final.low > low:
+        return f"{at}: **no better than byte frequencies alone**."
     return f"{at}: not told from byte frequencies alone."
 
 

@@ -294,11 +294,11 @@ class Plan:
 
 
 _SKIP_OR_NOT = ("no_skip", "no_skip_pre_norm", "skip", "pre_norm", "post_norm")
-# Half a decade to each side of the best of four rates in a longer trial (200 steps, one seed), so that
-# no variant is judged at a rate that suits another. With norms only after, or without skips, nets want
-# a smaller one.
-_RATES_AROUND_1E_3 = (3e-4, 1e-3, 3e-3)
-_RATES_AROUND_3E_3 = (1e-3, 3e-3, 1e-2)
+# Half a decade to each side of the best of five rates from 3e-4 to 3e-2 in a trial of the same length
+# (one seed), so that no variant is judged at a rate that suits another.
+_AROUND_1E_3 = (3e-4, 1e-3, 3e-3)
+_AROUND_3E_3 = (1e-3, 3e-3, 1e-2)
+_AROUND_1E_2 = (3e-3, 1e-2, 3e-2)
 _ALL = (
     "no_skip",
     "no_skip_pre_norm",
@@ -326,11 +326,11 @@ PLANS: Final[Mapping[str, Plan]] = MappingProxyType(
                 training_variants=_SKIP_OR_NOT,
                 training_depths=(12,),
                 learning_rates={
-                    "no_skip": _RATES_AROUND_1E_3,
-                    "no_skip_pre_norm": _RATES_AROUND_1E_3,
-                    "post_norm": _RATES_AROUND_1E_3,
+                    "no_skip": _AROUND_1E_3,
+                    "post_norm": _AROUND_1E_3,
+                    "pre_norm": _AROUND_1E_2,
                 },
-                other_rates=_RATES_AROUND_3E_3,
+                other_rates=_AROUND_3E_3,
                 steps=80,
                 warmup_steps=8,
                 evaluate_every=10,
