@@ -67,6 +67,8 @@ _KNOWN_BRANCHES: Final = {
     "TransformerEncoderLayer": ("dropout1", "dropout2"),
     "TransformerDecoderLayer": ("dropout1", "dropout2", "dropout3"),
 }
+#: Layer classes, by the beginning of their names, that compute [tokens, batch, features] unasked.
+_TOKENS_FIRST: Final = ("XLNetLayer", "XLNetRelativeAttention", "XLNetFeedForward")
 #: Children that end a branch inside an attention or feed-forward module that itself adds (and
 #: normalises): the first that exists is proposed.
 _BRANCH_ENDS: Final = ("branch", "output.dropout", "output.dense")
@@ -532,6 +534,8 @@ def _own_axes(module: nn.Module) -> tuple[int, ...]:
 
 def _token_axis(name: str, modules: dict[str, nn.Module]) -> int:
     """0 in and directly around an attention with ``batch_first=False``, else 1."""
+    if type(modules[name]).__name__.startswith(_TOKENS_FIRST):
+        return 0
     inside = (m for m in modules[name].modules() if isinstance(m, nn.MultiheadAttention))
     beside = (
         m for p in _around(name, modules) for m in p.children() if isinstance(m, nn.MultiheadAttention)

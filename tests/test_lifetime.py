@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 import warnings
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +245,15 @@ def test_hundreds_of_watches_leave_nothing() -> None:
     cycles(20)
     before = hooks_of(model)
     tracemalloc.start(1)
-    cycles(20)
-    early = tracemalloc.get_traced_memory()[0]
-    cycles(260)
-    late = tracemalloc.get_traced_memory()[0]
+    taken = []
+    for _ in range(5):
+        cycles(60)
+        taken.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert hooks_of(model) == before
     assert len(optim._global_optimizer_post_hooks) == 0
-    assert late - early < 20_000
+    # A leak grows in every round; a table of Python's that is resized once does not.
+    assert min(late - early for early, late in pairwise(taken)) < 2_000, taken
 
 
 def test_a_long_run_stays_within_its_bytes_and_keeps_what_matters() -> None:

@@ -634,7 +634,7 @@ def test_a_rerun_measures_nothing_again_but_what_is_missing(tiny_study: Path) ->
     again = {missing, f"{missing}l", damaged, f"{damaged}l"}
     assert {name for name in before if after[name] != before[name]} == again
     assert "no_skip, 2 blocks, torch initialisation" in said
-    assert f"[{TINY.total_units:>3}/{TINY.total_units}]" in said
+    assert "training no_skip, 2 blocks, rate 0.001, seed 0" in said
     assert (tiny_study / "study.md").exists()
 
 

@@ -178,9 +178,11 @@ class Recorder:
         ours = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
         self._handles.extend(ours)
         # Global hooks: a recorder that dies with its model, unclosed, must not leave them behind.
-        weakref.finalize(self, _remove, ours)
         scaling.listen(self)
-        weakref.finalize(self, scaling.restore)
+        self._last_wills = (
+            weakref.finalize(self, _remove, ours),
+            weakref.finalize(self, scaling.restore),
+        )
 
     def close(self) -> None:
         """Finish the open step and take every hook away; a second call does nothing."""
@@ -198,6 +200,8 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for will in self._last_wills:
+            will.detach()
         scaling.silence(self)
         self._drop_tensors()
         self._passes.clear()
