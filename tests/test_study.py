@@ -267,6 +267,11 @@ def test_a_net_is_dead_only_with_both_signs_and_preserved_only_with_the_norm() -
         "keeps the norm of its gradient at every depth measured, and the net is dead"
         in at_initialisation.dead_net("net", kept, [collapsed, collapsed])
     )
+    both = at_initialisation.dead_net("net", [kept[0], lost[1]], [collapsed, collapsed])
+    assert (
+        "at 6 blocks, and the net is dead there by rank collapse** (and is dead at 12 blocks, too)"
+        in both
+    )
     assert "at 12 blocks, and the net is dead there" in at_initialisation.dead_net(
         "net", kept, [alive, collapsed]
     )

@@ -315,9 +315,11 @@ def dead_net(label: str, flows: Sequence[Flow], tokens: Sequence[Tokens]) -> str
     rule = f"(rule: token cosine above {DEAD_TOKEN_COSINE}, last ratio below {DEAD_QK_RATIO})"
     if both:
         where = "at every depth measured" if len(both) == len(flows) else f"at {listed(both)} blocks"
+        elsewhere = [d for d in dead if d not in kept]
+        also = f" (and is dead at {listed(elsewhere)} blocks, too)" if elsewhere else ""
         return (
-            f"**“{label}” keeps the norm of its gradient {where}, and the net is dead there**: {numbers} "
-            f"{rule}. A preserved gradient norm alone does not say that a net can learn."
+            f"**“{label}” keeps the norm of its gradient {where}, and the net is dead there by rank "
+            f"collapse**{also}: {numbers} {rule}."
         )
     if dead:
         return f"**“{label}” is dead by rank collapse at {listed(dead)} blocks**: {numbers} {rule}."

@@ -156,7 +156,7 @@ class Plan:
     seeds: int = 5
     initializations: tuple[str, ...] = ("xavier", "normal", "he")
     initialization_variants: tuple[str, ...] = ("no_skip", "no_skip_pre_norm", "pre_norm")
-    measure_batch: int = 4
+    measure_batch: int = 3
     training_variants: tuple[str, ...]
     training_depths: tuple[int, ...]
     learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class Plan:
     best_seeds: int = 3
     steps: int
     warmup_steps: int
-    batch: int = 8
+    batch: int = 6
     evaluate_every: int
     validation_windows: int
     watch_every: int
@@ -298,7 +298,6 @@ _SKIP_OR_NOT = ("no_skip", "no_skip_pre_norm", "skip", "pre_norm", "post_norm")
 # (one seed), so that no variant is judged at a rate that suits another.
 _AROUND_1E_3 = (3e-4, 1e-3, 3e-3)
 _AROUND_3E_3 = (1e-3, 3e-3, 1e-2)
-_AROUND_1E_2 = (3e-3, 1e-2, 3e-2)
 _ALL = (
     "no_skip",
     "no_skip_pre_norm",
@@ -326,16 +325,15 @@ PLANS: Final[Mapping[str, Plan]] = MappingProxyType(
                 training_variants=_SKIP_OR_NOT,
                 training_depths=(12,),
                 learning_rates={
-                    "no_skip": _AROUND_1E_3,
-                    "post_norm": _AROUND_1E_3,
-                    "pre_norm": _AROUND_1E_2,
+                    "no_skip_pre_norm": _AROUND_3E_3,
+                    "pre_norm": _AROUND_3E_3,
                 },
-                other_rates=_AROUND_3E_3,
+                other_rates=_AROUND_1E_3,
                 steps=80,
                 warmup_steps=8,
                 evaluate_every=10,
-                validation_windows=32,
-                watch_every=4,
+                validation_windows=24,
+                watch_every=5,
             ),
             Plan(
                 name="full",

@@ -60,7 +60,7 @@ def report(study: Study, pictures: Mapping[str, str]) -> str:
         _section("In training", _training_claims(study)),
         _pictures(pictures, TRAINING_PICTURES),
         _training_tables(study),
-        _READING.format(steps=study.plan.steps),
+        _READING.format(steps=study.plan.steps, epsilon=EPSILON),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -321,6 +321,10 @@ _READING: Final = """\
 - At initialisation a replicate is a fresh initialisation on one and the same batch: the intervals are
   about the architecture at this width and on this text. In training a replicate is a run; few of them
   give wide intervals, and what does not stand out from them is not claimed.
+- A preserved norm of the gradient alone does not say that a net can learn. Where all tokens have become
+  one (token cosine 1), queries and keys get no gradient, and the net is dead whatever the norm.
+- AdamW makes steps of one size whatever the gradient's, but only while it is above epsilon
+  ({epsilon:g}): a parameter whose gradient lies far below hardly moves.
 - {steps} steps of a small net are the start of training. What holds there need not hold at the end.
 - An exact 0 in a Record is a measured zero (underflow, or by construction), a missing value has a status
   that says why, and NaN with status `ok` is a measured NaN.
