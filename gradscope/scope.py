@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import weakref
@@ -155,11 +156,24 @@ class Scope:
         """Whether the watch has ended."""
         return self._recorder.closed
 
-    def step(self, *, loss: float | Tensor | None = None) -> None:
+    def step(self, *, loss: float | Tensor | None = None, loss_denominator: float | None = None) -> None:
         """Say that a step ends here; from now on optimizers no longer end steps.
 
-        For loops without an optimizer of ``torch.optim``, and to put the loss beside the step.
+        For loops without an optimizer of ``torch.optim``, and to say what the watch cannot know.
+
+        Args:
+            loss: put beside the step.
+            loss_denominator: the N of the flow, for the whole Record: 1 for a summed loss, the number
+                of loss terms for a mean. Only with it can absolute levels be compared across batches
+                and runs. One that changes from step to step leaves it unknown.
+
+        Raises:
+            ValueError: a loss denominator that is not a positive number.
         """
+        if loss_denominator is not None:
+            if not 0 < loss_denominator < math.inf:
+                raise ValueError(f"loss_denominator= takes a positive number; got {loss_denominator!r}")
+            self._recorder.guarded(-1, self._recorder.note_denominator, float(loss_denominator))
         self._recorder.guarded(-1, self._recorder.end_step, loss)
 
     def log(self, *, loss: float | Tensor) -> None:

@@ -464,3 +464,34 @@ def test_repr_says_what_is_watched() -> None:
         train(model, range(2))
         assert repr(scope) == "<Scope watching Stack: blocks (2 blocks), 2 branches; 1 step recorded>"
     assert repr(scope) == "<Scope closed Stack: blocks (2 blocks), 2 branches; 2 steps recorded>"
+
+
+def test_the_loss_denominator_can_be_said_while_watching(tmp_path: Path) -> None:
+    model, path = stack(), tmp_path / "run.jsonl"
+    with gradscope.watch(model, path=path) as scope:
+        assert scope.record.header["loss_denominator"] is None
+        for i in range(2):
+            square_loss(model, batch(i)).backward()
+            scope.step(loss_denominator=12)
+        with pytest.raises(ValueError, match="positive"):
+            scope.step(loss_denominator=0)
+    assert scope.record.header["loss_denominator"] == 12
+    assert gradscope.Record.load(path).header["loss_denominator"] == 12
+    unknown = gradscope.Record({**scope.record.header, "loss_denominator": None}, scope.record.steps)
+    flow, relative = gradscope.profile(scope.record, step=1), gradscope.profile(unknown, step=1)
+    assert flow.value == pytest.approx(12 * relative.value)
+    assert (flow.unit, relative.unit) != (relative.unit, flow.unit)
+
+
+def test_a_loss_denominator_that_changes_is_unknown(tmp_path: Path) -> None:
+    model, path = stack(), tmp_path / "run.jsonl"
+    with gradscope.watch(model, path=path) as scope:
+        square_loss(model, batch()).backward()
+        scope.step(loss_denominator=12)
+        square_loss(model, batch()).backward()
+        with pytest.warns(gradscope.GradscopeWarning, match="differs from the 12"):
+            scope.step(loss_denominator=11)
+        square_loss(model, batch()).backward()
+        scope.step(loss_denominator=11)
+    assert scope.record.header["loss_denominator"] is None
+    assert gradscope.Record.load(path).header["loss_denominator"] is None

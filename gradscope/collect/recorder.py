@@ -142,6 +142,7 @@ class Recorder:
         self._before: dict[int, Tensor] = {}
         self._learning_rate: float | tuple[float, ...] | None = None
         self._loss: float | None = None
+        self._denominator_varies = False
         self._cached: tuple[Any, Step] | None = None
         self._findings = Findings()
         self._said: set[str] = set()
@@ -641,6 +642,23 @@ class Recorder:
         if self._readings is not None and self._sampler.slow:
             everything = list(range(len(self._parameters.entries)))
             self._readings.weight.update(self._parameters.norms(everything))
+
+    def note_denominator(self, denominator: float) -> None:
+        """Put the loss's denominator into the header; where it changes, take it out for good."""
+        known = self.header["loss_denominator"]
+        if self._denominator_varies or denominator == known:
+            return
+        if known is not None:
+            self._denominator_varies = True
+            self._say(
+                "denominator",
+                f"loss_denominator={denominator:g} differs from the {known:g} of an earlier step; the "
+                "Record holds one for all steps, so it is left unknown, and absolute gradient levels "
+                "cannot be compared across batches or runs. Ratios over depth do not depend on it.",
+            )
+        self.header["loss_denominator"] = None if known is not None else denominator
+        if self._writer is not None:
+            self._writer.amend({"loss_denominator": self.header["loss_denominator"]})
 
     def note_loss(self, loss: float | Tensor) -> None:
         """Put the loss beside the open step."""

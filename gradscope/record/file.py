@@ -8,6 +8,7 @@
 - ``{"step": 12, "replicate": 0, "of": 0, "value": [...], "status": {"frozen": [3, 4]}, ...}``
   is one step: ``value[i]`` belongs to row i of table ``of``. ``null`` is NaN, ``"inf"`` and
   ``"-inf"`` the infinities. Rows not listed under ``status`` have status ``ok``.
+- ``{"header": {...}}`` gives new values to entries of the header, for the whole file.
 - ``{"session": {...}}`` says that another run continued the file, with its own header.
 
 Whole lines are appended as they come, so an interrupted run costs at most its last line: `Record.load`
@@ -121,6 +122,15 @@ class RecordWriter:
         tables = dict(self._tables)
         self._append(b"".join(step_lines(step, tables)))
         self._tables = tables
+
+    def amend(self, header: Mapping[str, Any]) -> None:
+        """Append new values of header entries, which hold for the whole file.
+
+        Raises:
+            RecordError: the writer is closed.
+            OSError: they could not be written.
+        """
+        self._append(_line({"header": checked_header(header)}))
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -280,7 +290,7 @@ def read_file(path: Path) -> Contents:
         for number, line in enumerate(file, start=1):
             try:
                 if number > 1:
-                    _read_line(line, sessions, tables, steps)
+                    _read_line(line, header, sessions, tables, steps)
             except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
                 # Only a write that was cut short leaves a line without its newline, and only the last.
                 if not line.endswith(b"\n"):
@@ -298,12 +308,20 @@ def read_file(path: Path) -> Contents:
     return Contents(header=header, tables=tables, steps=steps, end=end, closed=closed, torn=torn)
 
 
-def _read_line(line: bytes, sessions: list[Any], tables: dict[int, Rows], steps: list[Step]) -> None:
+def _read_line(
+    line: bytes,
+    header: dict[str, Any],
+    sessions: list[Any],
+    tables: dict[int, Rows],
+    steps: list[Step],
+) -> None:
     entry = json.loads(line.decode("utf-8"))
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     if "session" in entry:
         sessions.append(entry["session"])
+    elif "header" in entry:
+        header.update(checked_header(entry["header"]))
     elif "rows" in entry:
         rows = _rows_from(entry)
         # Two runs that write one file at once would give one number to two tables.
