@@ -33,3 +33,11 @@ def test_what_the_readme_links_to_exists() -> None:
     assert links
     missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
     assert not missing
+
+
+def test_the_tables_are_those_of_the_study() -> None:
+    study = (ROOT / "figures" / "study.md").read_text(encoding="utf-8").splitlines()
+    shown = README.split("## What the study finds")[1].split("## Limits")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) > 15
+    assert [row for row in rows if row not in study] == []
