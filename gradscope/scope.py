@@ -77,7 +77,7 @@ def watch(
         path: a file that every finished step is appended to; a file that exists is continued.
         max_bytes: memory for the steps; above it older ones are thinned by two, keeping the first,
             the last and those with a finding. With ``path`` the file keeps all.
-        warn: warn at once when a step turns non-finite or a layer dies.
+        warn: warn as soon as a step has ended in which a value turned non-finite or a layer died.
         update: measure update norms, which takes a copy of the parameters during the optimizer's
             step on each step with slow statistics.
         scaler: the ``torch.amp.GradScaler`` in use, where several are; one alone is found by itself.

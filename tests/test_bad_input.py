@@ -173,7 +173,7 @@ def test_a_mask_that_the_forward_does_not_know() -> None:
 
 def test_a_mask_that_never_came() -> None:
     (text,) = said(lambda: _watched(masked(), mask="mask"))
-    assert has(text, "mask='mask'", "none of 1 forward calls", "padding")
+    assert has(text, "mask='mask'", "none of 1 forward call", "padding")
 
 
 def _watched(model: nn.Module, **options: Any) -> None:
@@ -231,7 +231,7 @@ def test_backward_never_run() -> None:
             model(batch())
 
     (text,) = said(run)
-    assert has(text, "1 forward calls, 0 backward passes", "loss.backward()", "detached")
+    assert has(text, "1 forward call, 0 backward passes", "loss.backward()", "detached")
     record = scopes[0].record
     assert len(record.steps) == 1  # the forward is kept, and says what is missing
     assert value(record, "blocks.1", "activation") > 0

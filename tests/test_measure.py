@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -390,3 +391,10 @@ def test_an_empty_batch_has_no_values() -> None:
             rows = record.table(signal=signal, statistic=statistic)
             assert set(rows["status"]) == {"not supported: empty tensor"}
             assert all(math.isnan(v) for v in rows["value"])
+
+
+def test_a_failed_measurement_says_one_thing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(MeasureError, match="Write loss=lambda"):
+            gradscope.measure(stack, torch.ones(2, 3))

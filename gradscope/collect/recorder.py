@@ -185,15 +185,20 @@ class Recorder:
             weakref.finalize(self, scaling.restore),
         )
 
-    def close(self) -> None:
-        """Finish the open step and take every hook away; a second call does nothing."""
+    def close(self, *, quiet: bool = False) -> None:
+        """Finish the open step and take every hook away; a second call does nothing.
+
+        Args:
+            quiet: do not say that nothing came, because the caller says it better.
+        """
         if self.closed:
             return
         self.closed = True
         self.listening = False
         try:
             self.guarded(-1, self._finish_step)
-            self._say_if_nothing_came()
+            if not quiet:
+                self._say_if_nothing_came()
         finally:
             self._detach()
 
@@ -803,9 +808,10 @@ class Recorder:
                 "Run the uncompiled model's training loop inside `with gradscope.watch(model):`.",
             )
         elif not self.reached:
+            calls = "1 forward call" if self.forwards == 1 else f"{self.forwards} forward calls"
             self._say(
                 "no backward",
-                f"{watched}, {self.forwards} forward calls, 0 backward passes through them. Either "
+                f"{watched}, {calls}, 0 backward passes through them. Either "
                 "loss.backward() was never called while the model was watched, or the loss does not "
                 "depend on any watched layer (detached? another model's output?).",
             )

@@ -158,7 +158,7 @@ def _one(
         recorder.note_parameters()
         recorder.end_step(value.detach())
     finally:
-        recorder.close()
+        recorder.close(quiet=True)
         for parameter, gradient in gradients:
             parameter.grad = gradient  # of a model that the caller holds too
     if recorder.faults:
