@@ -26,6 +26,9 @@ also on another machine::
     record = gradscope.Record.load("run.jsonl")
     record.to_pandas()                             # tidy, one row per value
     gradscope.profile(record).mean_increment()     # nats per block, with a 95 % interval
+    gradscope.fit_decay(record)                    # family of decay, rate, depth scale, intervals
+    gradscope.verdict(record)                      # vanishing, exploding, preserved, inconclusive
+    gradscope.predict([record, deeper], depth=96)  # the gradient at a depth that was not built
     gradscope.plot.depth({"run": record})
     gradscope.plot.heatmap(record)
 
@@ -49,7 +52,12 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from gradscope import reference as reference
     from gradscope.analysis import Profile as Profile
+    from gradscope.analysis import depth_limit as depth_limit
+    from gradscope.analysis import fit_decay as fit_decay
+    from gradscope.analysis import predict as predict
     from gradscope.analysis import profile as profile
+    from gradscope.analysis import verdict as verdict
+    from gradscope.analysis import verdicts as verdicts
     from gradscope.errors import GradscopeError as GradscopeError
     from gradscope.errors import GradscopeWarning as GradscopeWarning
     from gradscope.experiment.effective_depth import EffectiveDepth as EffectiveDepth
@@ -69,11 +77,16 @@ __all__ = [
     "Profile",
     "Record",
     "Scope",
+    "depth_limit",
     "effective_depth",
+    "fit_decay",
     "measure",
     "plot",
+    "predict",
     "profile",
     "reference",
+    "verdict",
+    "verdicts",
     "watch",
 ]
 
@@ -86,11 +99,16 @@ _HOME: Final = {
     "Profile": "gradscope.analysis:Profile",
     "Record": "gradscope.record:Record",
     "Scope": "gradscope.scope:Scope",
+    "depth_limit": "gradscope.analysis:depth_limit",
     "effective_depth": "gradscope.experiment.effective_depth:effective_depth",
+    "fit_decay": "gradscope.analysis:fit_decay",
     "measure": "gradscope.experiment.measure:measure",
     "plot": "gradscope.show.plots",
+    "predict": "gradscope.analysis:predict",
     "profile": "gradscope.analysis:profile",
     "reference": "gradscope.reference",
+    "verdict": "gradscope.analysis:verdict",
+    "verdicts": "gradscope.analysis:verdicts",
     "watch": "gradscope.scope:watch",
 }
 

@@ -46,6 +46,10 @@ class Quantity:
             ``branches`` at k + j/m, or ``blocks`` at k + 1.
         with_loss: whether it is proportional to the loss, so that its level is known only up to one
             factor per step while the loss's denominator is not.
+        power: 2 where it is an energy (a square of the signal), so that ½ ln of it is in nats of
+            amplitude; else 1.
+        forward: whether it travels with the forward pass, from the input end to the loss end, and not
+            with the backward pass.
         function: one trunk → a value or a reason per (step, depth).
     """
 
@@ -57,6 +61,8 @@ class Quantity:
     log: bool
     over: Literal["stream", "pairs", "branches", "blocks"]
     with_loss: bool
+    power: int
+    forward: bool
     function: Callable[[Trunk], Values]
 
 
@@ -90,6 +96,8 @@ def quantity(
     over: Literal["stream", "pairs", "branches", "blocks"] = "stream",
     log: bool = True,
     with_loss: bool = False,
+    power: int = 1,
+    forward: bool = False,
 ) -> Callable[[Callable[[Trunk], Values]], Callable[[Trunk], Values]]:
     """Register the decorated function under its own name; its docstring is the meaning."""
 
@@ -106,6 +114,8 @@ def quantity(
             log=log,
             over=over,
             with_loss=with_loss,
+            power=power,
+            forward=forward,
             function=function,
         )
         return function
@@ -286,6 +296,8 @@ def local_depth(trunk: Trunk) -> Values:
     label="activation variance",
     unit="activation²",
     source="Xiong et al. 2020, arXiv:2002.04745, Lemma 2",
+    power=2,
+    forward=True,
 )
 def act_var(trunk: Trunk) -> Values:
     """Mean over positions of the biased variance over features of h_l."""
@@ -297,6 +309,8 @@ def act_var(trunk: Trunk) -> Values:
     unit="activation²",
     source="act_var, read at the branch output",
     over="branches",
+    power=2,
+    forward=True,
 )
 def branch_act_var(trunk: Trunk) -> Values:
     """Mean over positions of the biased variance over features of a branch's output."""
@@ -307,6 +321,8 @@ def branch_act_var(trunk: Trunk) -> Values:
     label="activation mean square",
     unit="activation²",
     source="E h²: Poole et al. 2016, arXiv:1606.05340",
+    power=2,
+    forward=True,
 )
 def act_mean_square(trunk: Trunk) -> Values:
     """‖h_l‖²/count, the length q of mean-field theory; differs from the variance by the mean."""
@@ -321,19 +337,26 @@ def act_mean_square(trunk: Trunk) -> Values:
     label="activation variance over all elements",
     unit="activation²",
     source="Glorot & Bengio 2010",
+    power=2,
+    forward=True,
 )
 def act_variance(trunk: Trunk) -> Values:
     """Variance of h_l over all its elements, Σ(x − mean)²/(count − 1)."""
     return trunk.at_stream("activation", "variance")
 
 
-@quantity(label="activation kurtosis", unit="1", source="He et al. 2024, arXiv:2405.19279")
+@quantity(label="activation kurtosis", unit="1", source="He et al. 2024, arXiv:2405.19279", forward=True)
 def kurtosis(trunk: Trunk) -> Values:
     """E x⁴/(E x²)² of h_l, uncentred: 3 for a Gaussian, large where few features carry the norm."""
     return trunk.at_stream("activation", "kurtosis")
 
 
-@quantity(label="largest activation over RMS", unit="1", source="Sun et al. 2024, arXiv:2402.17762")
+@quantity(
+    label="largest activation over RMS",
+    unit="1",
+    source="Sun et al. 2024, arXiv:2402.17762",
+    forward=True,
+)
 def max_to_rms(trunk: Trunk) -> Values:
     """max|x|/√(E x²) of h_l: massive activations show as values in the hundreds."""
     rms = combine(
@@ -349,6 +372,7 @@ def max_to_rms(trunk: Trunk) -> Values:
     unit="1",
     source="zeros/count of the stored statistics",
     log=False,
+    forward=True,
 )
 def zero_share(trunk: Trunk) -> Values:
     """Share of the elements of h_l that are exactly 0 (dead units, underflow)."""
@@ -360,14 +384,20 @@ def zero_share(trunk: Trunk) -> Values:
 
 
 @quantity(
-    label="token cosine", unit="1", source="rank collapse: Dong et al. 2021, arXiv:2103.03404", log=False
+    label="token cosine",
+    unit="1",
+    source="rank collapse: Dong et al. 2021, arXiv:2103.03404",
+    log=False,
+    forward=True,
 )
 def token_cosine(trunk: Trunk) -> Values:
     """Mean cosine between different tokens of one sequence at h_l; 1 is rank collapse."""
     return trunk.at_stream("activation", "token_cosine")
 
 
-@quantity(label="input presence", unit="1", source="mean over tokens of cos(h_l, h_0)", log=False)
+@quantity(
+    label="input presence", unit="1", source="mean over tokens of cos(h_l, h_0)", log=False, forward=True
+)
 def input_presence(trunk: Trunk) -> Values:
     """Mean over tokens of cos(h_l, h_0): how much of the input is still in the stream."""
     return trunk.at_stream("activation", "input_cosine")
@@ -381,6 +411,7 @@ def input_presence(trunk: Trunk) -> Values:
     unit="1",
     source="relative contribution: Csordás et al. 2025, arXiv:2505.13898",
     over="branches",
+    forward=True,
 )
 def branch_ratio(trunk: Trunk) -> Values:
     """‖F‖_F/‖h_k‖_F over valid positions, h_k the stream at the input of the branch's block.

@@ -1,0 +1,445 @@
+"""The gradient at a depth that was not built, and the depth at which the verdict would turn.
+
+From measurements at two or more depths: Δ(L), the end-to-end change of a trunk of L blocks, is laid
+against laws of growth in L, and all laws that the measurements leave standing speak, each with its
+weight. Within one net a profile says little about a deeper one (its ends are its own, and DeepNorm or
+scaled branches change every layer with the depth), so depth itself must be varied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.analysis.change import Change, end_to_end
+from gradscope.analysis.curve import Curve, Source, as_curve
+from gradscope.analysis.profile import Interval
+from gradscope.analysis.verdict import THRESHOLD
+from gradscope.errors import QuantityError
+
+__all__ = ["LAWS", "DepthLimit", "Prediction", "depth_limit", "predict"]
+
+Floats = npt.NDArray[np.float64]
+
+#: Laws of growth of Δ with the number of blocks L; each is a line in x(L), with or without an intercept
+#: (what the first and last block do differently). Piecewise laws cannot be extrapolated and are not here.
+LAWS: Final[Mapping[str, tuple[str, bool, Callable[[Floats], Floats] | None]]] = MappingProxyType(
+    {
+        "constant": ("a", True, None),
+        "linear": ("b·L", False, lambda depth: depth),
+        "linear + ends": ("a + b·L", True, lambda depth: depth),
+        "three halves + ends": ("a + b·L^(3/2)", True, lambda depth: depth**1.5),
+        "root + ends": ("a + b·√L", True, np.sqrt),
+        "logarithm": ("b·ln(1 + L)", False, np.log1p),
+        "logarithm + ends": ("a + b·ln(1 + L)", True, np.log1p),
+    }
+)
+
+#: The variance of Δ over replicates grows as L^γ; γ = 1 is a random walk. Prior of γ: its mean and sd.
+_GROWTH_PRIOR: Final = (1.0, 1.0)
+
+#: Depths beyond so many times the deepest that was measured are not spoken of.
+_FARTHEST: Final = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Δ of a trunk of a depth that was not measured.
+
+    Attributes:
+        depth: the number of blocks.
+        quantity: the quantity's name.
+        measured: the depths that were measured.
+        expected: Δ in the mean over initialisations, nats, with the interval of that mean.
+        single: Δ of one new network: the same centre, with the spread over initialisations added.
+        laws: law of growth → its weight.
+        notes: how far this extrapolates, and other things to know.
+    """
+
+    depth: float
+    quantity: str
+    measured: tuple[float, ...]
+    expected: Interval
+    single: Interval
+    laws: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        laws = ", ".join(
+            f"{LAWS[name][0]} {weight:.2f}"
+            for name, weight in sorted(self.laws.items(), key=lambda item: -item[1])
+            if weight >= 0.01
+        )
+        measured = ", ".join(f"{d:g}" for d in self.measured)
+        lines = [
+            f"Δ of {self.quantity} at {self.depth:g} blocks, from {measured}: {self.expected} nats "
+            f"in the mean; one network in [{self.single.low:.4g}, {self.single.high:.4g}]",
+            f"  laws of growth: {laws}",
+        ]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DepthLimit:
+    """The number of blocks at which the verdict ``preserved`` would turn.
+
+    Attributes:
+        word: what it would turn to: ``vanishing`` or ``exploding``.
+        estimate: the depth at which |Δ| is expected to be the threshold; ∞ if not within ``searched``.
+        low: the least depth at which |Δ| of the mean may reach it, by the interval of the mean.
+        high: the depth by which it has reached it; ∞ where that is not sure.
+        searched: no depth beyond this was looked at.
+        threshold: nats.
+        confidence: of the interval.
+    """
+
+    word: str
+    estimate: float
+    low: float
+    high: float
+    searched: float
+    threshold: float
+    confidence: float
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"no turn of the verdict up to {self.searched:g} blocks"
+        ends = [f"more than {self.searched:g}" if math.isinf(x) else f"{x:.3g}" for x in self._numbers]
+        return (
+            f"{self.word} (|Δ| > {self.threshold:g} nats) from {ends[0]} blocks on "
+            f"[{ends[1]}, {ends[2]}] ({100 * self.confidence:g} %)"
+        )
+
+    @property
+    def _numbers(self) -> tuple[float, float, float]:
+        return self.estimate, self.low, self.high
+
+    __repr__ = __str__
+
+
+def predict(
+    sources: Iterable[Source],
+    depth: float,
+    quantity: str = "grad_l2",
+    *,
+    trunk: str | None = None,
+    step: int | Sequence[int] | None = None,
+    confidence: float = 0.95,
+) -> Prediction:
+    """Δ at a depth that was not built, with an interval.
+
+    Every law of growth in `LAWS` is fitted to Δ of all replicates at all depths by weighted least
+    squares, the variance over replicates growing as a power of the depth; laws are averaged with weights
+    exp(−BIC/2), and the interval is that of the mixture, so that what the measurements cannot tell apart
+    makes it wider.
+
+    ::
+
+        records = [gradscope.measure(lambda: make(depth), batch, loss) for depth in (6, 12, 24)]
+        print(gradscope.predict(records, 48))
+
+    Args:
+        sources: Records, Profiles or arrays, at two or more depths; two or more replicates each.
+        depth: number of blocks to predict.
+        quantity: a name in `gradscope.analysis.QUANTITIES` that has a logarithm.
+        trunk: the trunk, where the Records have several.
+        step: as in `gradscope.profile`.
+        confidence: coverage of the intervals.
+
+    Raises:
+        QuantityError: fewer than two depths, one replicate only, or an end value that is 0 or absent.
+        ValueError: a depth that is not positive.
+    """
+    if not depth > 0:
+        raise ValueError(f"depth= is a positive number of blocks; got {depth}")
+    growth = _growth(sources, quantity, trunk, step)
+    return Prediction(
+        depth=float(depth),
+        quantity=quantity,
+        measured=tuple(growth.depths.tolist()),
+        expected=growth.interval_at(float(depth), confidence, single=False),
+        single=growth.interval_at(float(depth), confidence, single=True),
+        laws=growth.weights,
+        notes=growth.notes(float(depth)),
+    )
+
+
+def depth_limit(
+    sources: Iterable[Source],
+    quantity: str = "grad_l2",
+    *,
+    trunk: str | None = None,
+    step: int | Sequence[int] | None = None,
+    threshold: float = THRESHOLD,
+    confidence: float = 0.95,
+) -> DepthLimit:
+    """How deep this architecture can go: the number of blocks at which |Δ| reaches the threshold.
+
+    By the laws of `predict`, looked for up to a hundred times the deepest measurement.
+
+    ::
+
+        print(gradscope.depth_limit(records))
+
+    Args:
+        sources: as in `predict`.
+        quantity: as in `predict`.
+        trunk: as in `predict`.
+        step: as in `predict`.
+        threshold: nats of amplitude, as in `gradscope.verdict`.
+        confidence: coverage of the interval.
+
+    Raises:
+        QuantityError: as `predict`.
+    """
+    growth = _growth(sources, quantity, trunk, step)
+    farthest = _FARTHEST * float(growth.depths[-1])
+    grid = np.unique(np.round(np.geomspace(1, farthest, 400)))
+    tail = (1 - confidence) / 2
+    low, middle, high = (
+        np.asarray([growth.quantile(float(d), p, single=False) for d in grid])
+        for p in (tail, 0.5, 1 - tail)
+    )
+
+    def first(curve: Floats) -> float:
+        beyond = np.flatnonzero(curve > threshold)
+        return float(grid[beyond[0]]) if len(beyond) else math.inf
+
+    sides = {
+        "vanishing": (first(-middle), first(-low), first(-high)),
+        "exploding": (first(middle), first(high), first(low)),
+    }
+    word = min(sides, key=lambda w: (sides[w][0], sides[w][1]))
+    estimate, soonest, latest = sides[word]
+    return DepthLimit(
+        word=word,
+        estimate=estimate,
+        low=soonest,
+        high=latest,
+        searched=farthest,
+        threshold=threshold,
+        confidence=confidence,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Line:
+    """One law, fitted: centre and standard error of the mean at any depth."""
+
+    x: Callable[[Floats], Floats] | None
+    intercept: bool
+    coefficients: Floats
+    covariance: Floats
+
+    def at(self, depth: float) -> tuple[float, float]:
+        row = _design(np.asarray([depth]), self.x, self.intercept)[0]
+        return float(row @ self.coefficients), math.sqrt(max(0.0, float(row @ self.covariance @ row)))
+
+
+def _design(depths: Floats, x: Callable[[Floats], Floats] | None, intercept: bool) -> Floats:
+    columns = [np.ones_like(depths)] if intercept else []
+    columns += [x(depths)] if x is not None else []
+    return np.column_stack(columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Growth:
+    """Δ over depths, all laws fitted.
+
+    Attributes:
+        depths: [K] ascending.
+        lines: law → its line.
+        weights: law → its weight.
+        degrees: degrees of freedom of the spread over replicates.
+        spread: function depth → standard deviation of Δ over replicates.
+    """
+
+    depths: Floats
+    lines: Mapping[str, _Line]
+    weights: Mapping[str, float]
+    degrees: float
+    spread: Callable[[float], float]
+
+    def quantile(self, depth: float, probability: float, *, single: bool) -> float:
+        """Quantile of the mixture over laws, each Student's t."""
+        from scipy.optimize import brentq
+        from scipy.special import stdtr, stdtrit
+
+        parts: list[tuple[float, float, float]] = []
+        for name, weight in self.weights.items():
+            centre, error = self.lines[name].at(depth)
+            if single:
+                error = math.hypot(error, self.spread(depth))
+            if weight > 1e-6:
+                parts.append((weight, centre, error))
+        total = sum(weight for weight, _, _ in parts)
+        reach = float(stdtrit(self.degrees, probability))
+        ends = [centre + reach * error for _, centre, error in parts]
+        low, high = min(ends), max(ends)
+        if high - low < 1e-12 * max(1.0, abs(low)):
+            return low
+
+        def below(value: float) -> float:
+            return (
+                sum(
+                    weight
+                    * (
+                        float(stdtr(self.degrees, (value - centre) / error))
+                        if error > 0
+                        else float(value >= centre)
+                    )
+                    for weight, centre, error in parts
+                )
+                / total
+                - probability
+            )
+
+        if below(low) >= 0:
+            return low
+        if below(high) <= 0:
+            return high
+        root: Any = brentq(below, low, high)
+        return float(root)
+
+    def interval_at(self, depth: float, confidence: float, *, single: bool) -> Interval:
+        """The mixture's mean and its central interval."""
+        total = sum(self.weights.values())
+        centre = sum(w * self.lines[name].at(depth)[0] for name, w in self.weights.items()) / total
+        tail = (1 - confidence) / 2
+        return Interval(
+            estimate=centre,
+            low=self.quantile(depth, tail, single=single),
+            high=self.quantile(depth, 1 - tail, single=single),
+            confidence=confidence,
+            count=int(self.degrees) + len(self.depths),
+        )
+
+    def notes(self, depth: float) -> tuple[str, ...]:
+        """How far this is from what was measured."""
+        if self.depths[0] <= depth <= self.depths[-1]:
+            return ()
+        far = depth / self.depths[-1] if depth > self.depths[-1] else self.depths[0] / depth
+        notes = [f"extrapolated by a factor of {far:.2g} in depth"]
+        if len(self.depths) < 3:
+            notes.append("two depths cannot tell laws with ends apart: measure a third")
+        return tuple(notes)
+
+
+def _growth(
+    sources: Iterable[Source], quantity: str, trunk: str | None, step: int | Sequence[int] | None
+) -> _Growth:
+    curves = [as_curve(source, quantity, trunk=trunk, step=step) for source in sources]
+    changes = [_change(curve) for curve in curves]
+    pooled: dict[float, list[Floats]] = {}
+    for curve, change in zip(curves, changes, strict=True):
+        pooled.setdefault(float(np.max(curve.depth)), []).append(change.per_replicate)
+    starts = {min(change.ends) for change in changes}
+    if len(starts) > 1:
+        raise QuantityError(
+            "the measurements do not start at the same depth: "
+            f"{', '.join(f'l = {s:g}' for s in sorted(starts))}. Measure all with, or all without, the "
+            "gradient at the trunk's input."
+        )
+    depths = np.asarray(sorted(pooled), dtype=np.float64)
+    if len(depths) < 2:
+        raise QuantityError(
+            f"a prediction needs measurements at two or more depths; got {len(depths)}: "
+            f"{', '.join(f'{d:g}' for d in depths) or 'none'}. Measure e.g. depths 6, 12 and 24."
+        )
+    delta = [np.concatenate(pooled[float(d)]) for d in depths]
+    if min(len(d) for d in delta) < 2:
+        raise QuantityError(
+            "a prediction needs two or more replicates at every depth, to know the spread over "
+            "initialisations: measure(..., replicates=5)."
+        )
+    return _fitted(depths, delta)
+
+
+def _change(curve: Curve) -> Change:
+    change = end_to_end(curve)
+    ends = curve.complete[[0, -1]]
+    if change is None or not ends.all():
+        raise QuantityError(
+            f"{curve.quantity} at {np.max(curve.depth):g} blocks has no Δ from end to end: "
+            f"{'; '.join(curve.dropped())}. Measure in float64, or leave this depth out."
+        )
+    return change
+
+
+def _fitted(depths: Floats, delta: Sequence[Floats]) -> _Growth:
+    counts = np.asarray([len(d) for d in delta], dtype=np.float64)
+    means = np.asarray([d.mean() for d in delta])
+    squares = np.asarray([float(np.sum((d - d.mean()) ** 2)) for d in delta])
+    degrees = float(np.sum(counts - 1))
+    exponent = _variance_exponent(depths, squares, counts)
+    relative = (depths / depths[-1]) ** exponent  # Var Δ at each depth, over that at the deepest
+    variance = float(np.sum(squares / relative)) / degrees
+    floor = (4 * np.finfo(np.float64).eps * max(1.0, float(np.max(np.abs(means))))) ** 2
+    variance = max(variance, floor)
+    size = float(np.sum(counts))
+    lines: dict[str, _Line] = {}
+    bic: dict[str, float] = {}
+    misfit: dict[str, float] = {}
+    for name, (_, intercept, x) in LAWS.items():
+        design = _design(depths, x, intercept)
+        if design.shape[1] > len(depths):
+            continue
+        weights = counts / (variance * relative)
+        information = design.T @ (weights[:, None] * design)
+        covariance = np.linalg.inv(information)
+        coefficients = covariance @ design.T @ (weights * means)
+        residual = means - design @ coefficients
+        misfit[name] = float(np.sum(weights * residual**2))
+        lines[name] = _Line(x=x, intercept=intercept, coefficients=coefficients, covariance=covariance)
+        bic[name] = misfit[name] + design.shape[1] * math.log(size)
+    # No law is exact. Where even the best misses the means by more than the spread allows, its misses
+    # are errors of the laws: all uncertainties grow by as much (Birge's ratio), and weights flatten.
+    rooms = {name: len(depths) - line.coefficients.size for name, line in lines.items()}
+    ratios = [misfit[name] / rooms[name] for name in lines if rooms[name] > 0]
+    inflation = max(1.0, min(ratios)) if ratios else 1.0
+    scores = {n: misfit[n] / inflation + (bic[n] - misfit[n]) for n in lines}
+    best = min(scores.values())
+    shares = {name: math.exp(-(score - best) / 2) for name, score in scores.items()}
+    total = sum(shares.values())
+    return _Growth(
+        depths=depths,
+        lines={
+            name: _Line(
+                x=line.x,
+                intercept=line.intercept,
+                coefficients=line.coefficients,
+                covariance=line.covariance * inflation,
+            )
+            for name, line in lines.items()
+        },
+        weights={name: share / total for name, share in shares.items()},
+        degrees=degrees,
+        spread=lambda depth: math.sqrt(variance * (depth / depths[-1]) ** exponent),
+    )
+
+
+def _variance_exponent(depths: Floats, squares: Floats, counts: Floats) -> float:
+    """γ of Var Δ ∝ L^γ: regression of ln s² on ln L, with a prior around the random walk's 1.
+
+    Var(ln s²) = ψ′((R − 1)/2) for Gaussian Δ.
+    """
+    from scipy.special import polygamma
+
+    prior, width = _GROWTH_PRIOR
+    if (squares <= 0).any():
+        return prior
+    x = np.log(depths)
+    y = np.log(squares / (counts - 1))
+    weights = 1 / np.asarray(polygamma(1, (counts - 1) / 2), dtype=np.float64)
+    centre = float(np.average(x, weights=weights))
+    slope_information = float(np.sum(weights * (x - centre) ** 2))
+    product = float(np.sum(weights * (x - centre) * y))
+    return (product + prior / width**2) / (slope_information + 1 / width**2)

@@ -1,0 +1,423 @@
+"""One word for what a signal does over depth, with the evidence, or the statement that none is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import numpy as np
+
+from gradscope.analysis.change import Change, DepthScale, end_to_end
+from gradscope.analysis.curve import MINIMUM_LAYERS, Curve, Source, as_curve
+from gradscope.analysis.decay import DecayFit, fit_curve
+from gradscope.analysis.profile import Interval
+
+__all__ = ["FLAT", "THRESHOLD", "Verdict", "Verdicts", "Word", "verdict", "verdicts"]
+
+Word = Literal["vanishing", "exploding", "preserved", "inconclusive"]
+
+#: Nats of amplitude. Signals pass about 6ξ layers in trainable nets, and over 6ξ the squared norm
+#: changes by e^6 (Schoenholz et al. 2017, arXiv:1611.01232).
+THRESHOLD: Final = 3.0
+
+#: A change that is known to be smaller than a factor of two is called flat.
+FLAT: Final = math.log(2)
+
+#: What a claim is about, by the kind of replicate.
+CLAIMS: Final[Mapping[str, str]] = {
+    "initialisation": "this architecture",
+    "batch": "this model only (replicates are batches)",
+    "run": "this model only (one run)",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Verdict:
+    """What a signal does over the depth of one trunk, and how sure that is.
+
+    Attributes:
+        word: ``vanishing``: the upper end of Δ's interval is below −threshold; ``exploding``: its
+            lower end is above; ``preserved``: it lies inside; otherwise ``inconclusive``.
+        detail: of ``preserved``: ``flat`` (inside ±ln 2) or ``drifting``. Of ``vanishing``: ``underflow``
+            where exact zeros bound Δ after a decay to the dtype's floor, ``cut`` where they follow values
+            far above it. Of ``exploding``: ``overflow``. Else empty.
+        reason: why, in words; for ``inconclusive`` what would settle it.
+        model: the name that the caller gave it; empty for one alone.
+        quantity: the quantity's name.
+        forward: whether the pass is the forward pass.
+        trunk: the trunk's name.
+        kind: what a replicate is: ``initialisation``, ``batch`` or ``run``.
+        replicates: R.
+        delta: Δ = ln(amplitude at the end of the pass/at its start), nats, with its interval.
+        length: layers between the two.
+        depth_scale: ξ̂ in layers.
+        threshold: nats.
+        p_value: one-sided probability of data as clear as these if the word were wrong (for
+            ``inconclusive`` the smallest of the three words'); 0 for bounds from exact zeros.
+        adjusted_p_value: the same after Holm's correction over the ``comparisons``.
+        comparisons: number of models × quantities that were judged together.
+        curve: the logarithms that were judged.
+    """
+
+    word: Word
+    detail: str
+    reason: str
+    model: str
+    quantity: str
+    forward: bool
+    trunk: str
+    kind: str
+    replicates: int
+    delta: Interval
+    length: float
+    depth_scale: DepthScale
+    threshold: float
+    p_value: float
+    adjusted_p_value: float
+    comparisons: int
+    curve: Curve
+
+    @property
+    def depth_ratio(self) -> float:
+        """L/(6ξ̂) = |Δ|/3: above 1, the trunk is deeper than a signal passes in trainable nets."""
+        return self.length / (6 * self.depth_scale.estimate)
+
+    @property
+    def claim(self) -> str:
+        """What the verdict is about: the architecture, or this model only."""
+        if self.replicates == 1 and self.kind == "initialisation":
+            return "this model only (one initialisation)"
+        return CLAIMS.get(self.kind, self.kind)
+
+    @property
+    def fit(self) -> DecayFit:
+        """The families of decay, fitted to the same curve (takes a moment)."""
+        return fit_curve(self.curve, confidence=self.delta.confidence)
+
+    def __str__(self) -> str:
+        what = f"{self.quantity} over {self.trunk}" if self.trunk else self.quantity
+        what = f"{self.model}: {what}" if self.model else what
+        word = f"{self.word} ({self.detail})" if self.detail else self.word
+        fit = self.fit
+        lines = [
+            f"{what}: {word}. {self.reason}",
+            f"  Δ = {self.delta} nats over {self.length:g} layers, depth scale {self.depth_scale}, "
+            f"L/(6ξ) = {self.depth_ratio:.2g}",
+            f"  family: {fit.family} (weight {fit.weights[fit.family]:.2f})"
+            if fit.ok
+            else f"  no family: {fit.status}",
+            f"  about {self.claim}; threshold {self.threshold:g} nats (6ξ rule, arXiv:1611.01232)",
+        ]
+        if self.comparisons > 1:
+            lines.append(
+                f"  p = {self.p_value:.3g}, after Holm's correction over {self.comparisons} comparisons "
+                f"{self.adjusted_p_value:.3g}"
+            )
+        lines += [f"  left out: {text}" for text in self.curve.dropped()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Verdicts:
+    """Verdicts that were given together, so that none is right by number of tries alone."""
+
+    items: tuple[Verdict, ...]
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[str, str]) -> Verdict:
+        """The verdict of (model, quantity)."""
+        for item in self.items:
+            if (item.model, item.quantity) == key:
+                return item
+        raise KeyError(key)
+
+    def __str__(self) -> str:
+        rows = [("model", "quantity", "verdict", "Δ [nats]", "interval", "L/(6ξ)", "p (Holm)")]
+        for v in self.items:
+            word = f"{v.word} ({v.detail})" if v.detail else v.word
+            rows.append(
+                (
+                    v.model,
+                    v.quantity,
+                    word,
+                    f"{v.delta.estimate:.3g}",
+                    f"[{v.delta.low:.3g}, {v.delta.high:.3g}]",
+                    f"{v.depth_ratio:.2g}",
+                    f"{v.adjusted_p_value:.2g}",
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+    __repr__ = __str__
+
+
+def verdict(
+    source: Source,
+    quantity: str = "grad_l2",
+    *,
+    trunk: str | None = None,
+    step: int | Sequence[int] | None = None,
+    threshold: float = THRESHOLD,
+    confidence: float = 0.95,
+) -> Verdict:
+    """Whether a signal vanishes, explodes or is preserved over the depth of a trunk.
+
+    The backward signal by default (``grad_l2``); ``act_mean_square`` for the forward one, as amplitude
+    (½ ln of the mean square). Δ = ln of its amplitude at the end of the pass over that at its start, per
+    replicate, with Student's t interval over replicates; with one replicate, that of the sum of its
+    increments with their long-run variance. Then: ``vanishing`` if the interval lies below −3 nats,
+    ``exploding`` above 3, ``preserved`` inside (``flat`` inside ±ln 2), otherwise ``inconclusive``.
+
+    Exact zeros are left-censored: they stand for values below the dtype's smallest number. If already
+    that bound gives Δ < −3, the verdict is ``vanishing``. An infinite value is ``exploding``.
+
+    ::
+
+        print(gradscope.verdict(record))
+        gradscope.verdict(record, "act_mean_square").word
+
+    Args:
+        source: a `Record`, a `Profile`, or an array [R, P] of values from the input to the loss.
+        quantity: a name in `gradscope.analysis.QUANTITIES` that has a logarithm.
+        trunk: the trunk, where the Record has several.
+        step: as in `gradscope.profile`.
+        threshold: nats of amplitude.
+        confidence: of the interval; a false ``vanishing`` has at most half the rest, 2.5 % at .95.
+
+    Raises:
+        QuantityError: the quantity has no logarithm, or the Record cannot give it.
+        ValueError: a threshold that is not positive, or a confidence outside (0, 1).
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold= is a positive number of nats; got {threshold}")
+    curve = as_curve(source, quantity, trunk=trunk, step=step)
+    return _judged(curve, "", threshold, confidence)
+
+
+def verdicts(
+    sources: Mapping[str, Source],
+    quantities: Iterable[str] = ("grad_l2", "act_mean_square"),
+    *,
+    threshold: float = THRESHOLD,
+    confidence: float = 0.95,
+) -> Verdicts:
+    """Verdicts on several models and quantities, with Holm's correction over all of them.
+
+    Among many comparisons some look clear by chance. Each verdict's p-value is adjusted by Holm's
+    step-down rule (Holm 1979, Scandinavian Journal of Statistics 6:65), which keeps the probability of
+    *any* false word at (1 − confidence)/2; a word that does not survive becomes ``inconclusive``.
+
+    ::
+
+        print(gradscope.verdicts({"pre": pre_record, "post": post_record}))
+
+    Args:
+        sources: name → `Record`, `Profile` or array.
+        quantities: names of the quantities; forward and backward by default.
+        threshold: nats of amplitude.
+        confidence: of the intervals.
+
+    Raises:
+        QuantityError: as `verdict`.
+    """
+    raw = [
+        _judged(as_curve(source, quantity), name, threshold, confidence)
+        for quantity in quantities
+        for name, source in sources.items()
+    ]
+    order = sorted(range(len(raw)), key=lambda i: raw[i].p_value)
+    judged = list(raw)
+    highest, level = 0.0, (1 - confidence) / 2
+    for rank, i in enumerate(order):
+        v = raw[i]
+        highest = max(highest, min(1.0, (len(raw) - rank) * v.p_value))
+        changed = replace(v, adjusted_p_value=highest, comparisons=len(raw))
+        if v.word != "inconclusive" and highest > level:
+            changed = replace(
+                changed,
+                word="inconclusive",
+                detail="",
+                reason=f"{v.word} alone (p = {v.p_value:.2g}), but not among {len(raw)} comparisons "
+                f"(Holm: {highest:.2g} > {level:g}). Measure more replicates.",
+            )
+        judged[i] = changed
+    return Verdicts(items=tuple(judged))
+
+
+def _judged(curve: Curve, model: str, threshold: float, confidence: float) -> Verdict:
+    bounded = _by_bound(curve, threshold, confidence)
+    change = end_to_end(curve, confidence)
+    if bounded is not None:
+        word, detail, reason, delta, length, p = bounded
+        increment = Interval(
+            estimate=delta.estimate / length,
+            low=delta.low / length,
+            high=delta.high / length,
+            confidence=confidence,
+            count=delta.count,
+        )
+        scale = DepthScale.of(increment)
+    elif change is None or curve.layer_count < MINIMUM_LAYERS:
+        word, detail, p = "inconclusive", "", 1.0
+        why = "; ".join(curve.dropped())
+        reason = (
+            f"Not enough layers: {curve.layer_count} have a value in every replicate, and a verdict "
+            f"needs {MINIMUM_LAYERS}." + (f" Left out: {why}." if why else "")
+        )
+        nothing = Interval(
+            estimate=math.nan,
+            low=math.nan,
+            high=math.nan,
+            confidence=confidence,
+            count=curve.replicates,
+        )
+        delta = change.delta if change else nothing
+        length = change.length if change else math.nan
+        scale = change.depth_scale if change else DepthScale.of(nothing)
+    else:
+        word, detail, reason, p = _by_interval(curve, change, threshold)
+        delta, length, scale = change.delta, change.length, change.depth_scale
+    return Verdict(
+        word=word,
+        detail=detail,
+        reason=reason,
+        model=model,
+        quantity=curve.quantity,
+        forward=curve.forward,
+        trunk=curve.trunk,
+        kind=curve.kind,
+        replicates=curve.replicates,
+        delta=delta,
+        length=length,
+        depth_scale=scale,
+        threshold=threshold,
+        p_value=p,
+        adjusted_p_value=p,
+        comparisons=1,
+        curve=curve,
+    )
+
+
+def _by_interval(curve: Curve, change: Change, threshold: float) -> tuple[Word, str, str, float]:
+    """The rule on an interval, with the p-value of the word it gives or comes nearest to."""
+    low, high = change.delta.low, change.delta.high
+    vanishing = change.probability_below(-threshold)
+    exploding = _complement(change, threshold)
+    inside = max(_complement(change, -threshold), change.probability_below(threshold))
+    signal = "activation" if curve.forward else "gradient"
+    span = f"the interval of Δ, [{low:.3g}, {high:.3g}] nats,"
+    if math.isnan(low) or math.isnan(high):
+        return "inconclusive", "", "Δ has no interval: too few increments.", 1.0
+    if high < -threshold:
+        factor = math.exp(min(-change.delta.estimate, 700.0))
+        reason = f"The {signal} falls by a factor of {factor:.3g}: {span} lies below −{threshold:g}."
+        return "vanishing", "", reason, vanishing
+    if low > threshold:
+        factor = math.exp(min(change.delta.estimate, 700.0))
+        reason = f"The {signal} grows by a factor of {factor:.3g}: {span} lies above {threshold:g}."
+        return "exploding", "", reason, exploding
+    if low > -threshold and high < threshold:
+        flat = low > -FLAT and high < FLAT
+        inner = "±ln 2" if flat else f"±{threshold:g}"
+        return (
+            "preserved",
+            "flat" if flat else "drifting",
+            f"{_capital(span)} lies inside {inner}.",
+            inside,
+        )
+    crossed = " and ".join(f"{side:g}" for side in (-threshold, threshold) if low <= side <= high)
+    more = "Measure 5 or more replicates." if change.delta.count < 5 else "Measure more replicates."
+    return (
+        "inconclusive",
+        "",
+        f"{_capital(span)} contains {crossed}. {more}",
+        min(vanishing, exploding, inside),
+    )
+
+
+def _complement(change: Change, threshold: float) -> float:
+    """1 − P(T ≤ (Δ̂ − threshold)/error), without cancellation."""
+    from scipy.special import stdtr
+
+    distance = threshold - change.delta.estimate
+    if change.error == 0:
+        return float(distance >= 0)
+    return float(stdtr(change.degrees, distance / change.error))
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _by_bound(
+    curve: Curve, threshold: float, confidence: float
+) -> tuple[Word, str, str, Interval, float, float] | None:
+    """A verdict from exact zeros or infinities at the end of the pass; None where there are none.
+
+    What an exact zero stands for is below the dtype's smallest number: Δ is at most the bound's, in
+    every replicate that has one; the others are compared at the same position.
+    """
+    measured = np.flatnonzero(curve.measured)
+    if len(measured) < 2:
+        return None
+    first, last = int(measured[0]), int(measured[-1])
+    start, end = curve.y[:, first], curve.y[:, last]
+    length = float(curve.distance[last] - curve.distance[first])
+    places = f"depth {curve.depth[last]:g}"
+    if not np.isfinite(start).all() or np.isfinite(end).all():
+        return None
+    nothing = Interval(
+        estimate=math.nan, low=math.nan, high=math.nan, confidence=confidence, count=curve.replicates
+    )
+    if np.isposinf(end).any():
+        share = int(np.isposinf(end).sum())
+        if share < len(end):
+            reason = f"Overflow at {places} in {share} of {len(end)} replicates only. Measure in float64."
+            return "inconclusive", "", reason, nothing, length, 1.0
+        delta = replace(nothing, estimate=math.inf, low=math.inf, high=math.inf)
+        reason = f"The norm overflows at {places} in every replicate."
+        return "exploding", "overflow", reason, delta, length, 0.0
+    zeros = int(np.isneginf(end).sum())
+    if np.isnan(curve.zero_bound[np.isneginf(end)]).any():
+        reason = (
+            f"Exactly 0 at {places} in {zeros} of {len(end)} replicates, and what a zero may hide is not "
+            "known (no dtype beside the values). Measure in float64."
+        )
+        return "inconclusive", "", reason, nothing, length, 1.0
+    bound = np.where(np.isneginf(end), curve.zero_bound, end) - start
+    highest = float(np.max(bound))
+    delta = replace(nothing, estimate=-math.inf, low=-math.inf, high=highest)
+    if highest >= -threshold:
+        reason = (
+            f"Exactly 0 at {places} in {zeros} of {len(end)} replicates, but a zero hides up to "
+            f"e^{highest:.3g} of the value where the pass starts. Measure in float64."
+        )
+        return "inconclusive", "", reason, delta, length, 1.0
+    finite = np.where(np.isfinite(curve.y), curve.y, np.inf)
+    nearest = float(np.max(np.min(finite, axis=1) - curve.zero_bound))
+    reached = nearest < _NEAR_FLOOR
+    how = (
+        "after a decay to the floor of the dtype"
+        if reached
+        else "next to values far above the dtype's floor: a layer passes nothing on"
+    )
+    reason = f"Exactly 0 at {places} in {zeros} of {len(end)} replicates, {how}: Δ < {highest:.3g} nats."
+    return "vanishing", "underflow" if reached else "cut", reason, delta, length, 0.0
+
+
+#: Exact zeros count as underflow if the smallest value before them is within so many nats of the
+#: dtype's floor: one layer may lose ten nats at the strongest decay in use (N(0, .02) without norms).
+_NEAR_FLOOR: Final = 20.0
