@@ -276,3 +276,33 @@ def test_the_band_can_be_the_interval_of_the_mean() -> None:
     here = band[band[:, 0] == 3, 1]
     np.testing.assert_allclose([here.min(), here.max()], [expected.low[1], expected.high[1]])
     assert "95 % interval of the mean" in legend_text(ax)
+
+
+def test_a_decay_fit_is_drawn_over_its_points() -> None:
+    import gradscope
+
+    depth = np.arange(13.0)
+    rng = np.random.default_rng(0)
+    values = 7.0 * np.exp(0.3 * depth + 0.01 * rng.normal(size=(3, 13)).cumsum(1))
+    fit = gradscope.fit_decay(values)
+    ax = plots.decay(fit)
+    *dots, line = ax.lines
+    assert len(dots) == 3
+    for row, mark in zip(values, dots, strict=True):
+        assert np.asarray(mark.get_ydata()) == pytest.approx((row / row[-1])[::-1])
+        assert np.asarray(mark.get_xdata()).tolist() == depth[::-1].tolist()
+    assert np.asarray(line.get_ydata()) == pytest.approx(np.exp(-0.3 * (12 - depth[::-1])), rel=0.1)
+    assert ax.get_yscale() == "log"
+    assert f"exponential (kappa = {fit.parameters['kappa'].estimate:.3g})" in legend_text(ax)
+    forward = gradscope.fit_decay(values, "act_mean_square")
+    assert plots.decay({"a": forward, "b": forward}).get_ylabel().startswith("activation mean square")
+    with pytest.raises(gradscope.GradscopeError, match="draw them apart"):
+        plots.decay({"a": fit, "b": forward})
+    with pytest.raises(gradscope.GradscopeError, match="not enough layers"):
+        plots.decay(gradscope.fit_decay(values[:, :3]))
+
+
+def test_a_model_keeps_its_look_in_another_picture() -> None:
+    ax = plots.loss_curves({"c": ([0, 1], [[1.0, 2.0]])}, looks=[2])
+    other = plots.loss_curves({k: ([0, 1], [[1.0, 2.0]]) for k in "abc"})
+    assert ax.lines[0].get_color() == other.lines[2].get_color()

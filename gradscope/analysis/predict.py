@@ -379,7 +379,7 @@ def _fitted(depths: Floats, delta: Sequence[Floats]) -> _Growth:
     means = np.asarray([d.mean() for d in delta])
     squares = np.asarray([float(np.sum((d - d.mean()) ** 2)) for d in delta])
     degrees = float(np.sum(counts - 1))
-    exponent = _variance_exponent(depths, squares, counts)
+    exponent, uncertainty, centre = _variance_exponent(depths, squares, counts)
     relative = (depths / depths[-1]) ** exponent  # Var Δ at each depth, over that at the deepest
     variance = float(np.sum(squares / relative)) / degrees
     floor = (4 * np.finfo(np.float64).eps * max(1.0, float(np.max(np.abs(means))))) ** 2
@@ -422,24 +422,30 @@ def _fitted(depths: Floats, delta: Sequence[Floats]) -> _Growth:
         },
         weights={name: share / total for name, share in shares.items()},
         degrees=degrees,
-        spread=lambda depth: math.sqrt(variance * (depth / depths[-1]) ** exponent),
+        # The mean of s² over the exponent's uncertainty, which grows with the distance extrapolated.
+        spread=lambda depth: math.sqrt(
+            variance
+            * (depth / depths[-1]) ** exponent
+            * math.exp(0.5 * (uncertainty * math.log(depth / centre)) ** 2)
+        ),
     )
 
 
-def _variance_exponent(depths: Floats, squares: Floats, counts: Floats) -> float:
-    """γ of Var Δ ∝ L^γ: regression of ln s² on ln L, with a prior around the random walk's 1.
+def _variance_exponent(depths: Floats, squares: Floats, counts: Floats) -> tuple[float, float, float]:
+    """γ of Var Δ ∝ L^γ, its standard error, and the depth about which it turns.
 
-    Var(ln s²) = ψ′((R − 1)/2) for Gaussian Δ.
+    Regression of ln s² on ln L, with a prior around the random walk's 1; Var(ln s²) = ψ′((R − 1)/2) for
+    Gaussian Δ.
     """
     from scipy.special import polygamma
 
     prior, width = _GROWTH_PRIOR
-    if (squares <= 0).any():
-        return prior
     x = np.log(depths)
-    y = np.log(squares / (counts - 1))
     weights = 1 / np.asarray(polygamma(1, (counts - 1) / 2), dtype=np.float64)
     centre = float(np.average(x, weights=weights))
-    slope_information = float(np.sum(weights * (x - centre) ** 2))
-    product = float(np.sum(weights * (x - centre) * y))
-    return (product + prior / width**2) / (slope_information + 1 / width**2)
+    if (squares <= 0).any():
+        return prior, width, math.exp(centre)
+    y = np.log(squares / (counts - 1))
+    information = float(np.sum(weights * (x - centre) ** 2)) + 1 / width**2
+    product = float(np.sum(weights * (x - centre) * y)) + prior / width**2
+    return product / information, math.sqrt(1 / information), math.exp(centre)

@@ -17,13 +17,14 @@ from gradscope.analysis import Profile, find_quantity, profile
 from gradscope.errors import QuantityError
 from gradscope.record import Record
 from gradscope.show import style
+from gradscope.show.decay import decay
 from gradscope.show.heatmap import heatmap
 from gradscope.show.style import Band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["against_depth", "depth", "heatmap", "loss_curves", "ratio_against_depth"]
+__all__ = ["against_depth", "decay", "depth", "heatmap", "loss_curves", "ratio_against_depth"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -200,6 +201,7 @@ def loss_curves(
     window: int = 1,
     band: Band = "range",
     of: str = "seeds",
+    looks: Sequence[int] | None = None,
     legend: bool = True,
 ) -> Axes:
     """Loss against step, one line per model.
@@ -212,6 +214,8 @@ def loss_curves(
         window: length in recorded steps of a trailing running mean, stated on the axis; 1: none.
         band: ``range`` over replicates, or 95 % ``interval`` of the mean.
         of: what the replicates are, for the legend.
+        looks: number of each model's colour, marker and line style, so that a model looks the same in
+            several pictures; None: the next ones on these axes.
         legend: whether to draw the legend (several panels can share one).
 
     Returns:
@@ -222,10 +226,22 @@ def loss_curves(
     marks = style.Marks()
     with style.context():
         ax = style.axes(ax, 6.4, 3.4)
-        for name, (x, y) in curves.items():
+        numbers = [None] * len(curves) if looks is None else looks
+        for number, (name, (x, y)) in zip(numbers, curves.items(), strict=True):
             at, values = _points(name, x, y)
             values, few = _trailing_mean(values, window), len(at) <= 30
-            style.series(ax, at, values, marks, label=name, log=False, band=band, markers=few, of=of)
+            style.series(
+                ax,
+                at,
+                values,
+                marks,
+                label=name,
+                log=False,
+                band=band,
+                markers=few,
+                of=of,
+                number=number,
+            )
         ax.set_xlabel("step [optimizer steps]")
         mean = f", mean of {window} recorded steps" if window > 1 else ""
         ax.set_ylabel(style.axis_label(f"loss{mean}", unit))

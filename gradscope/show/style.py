@@ -139,6 +139,7 @@ def series(
     present: Mask | None = None,
     markers: bool = True,
     of: str = "replicates",
+    number: int | None = None,
 ) -> None:
     """Draw one series: the mean over replicates, its band, and marks for all that has no place on it.
 
@@ -153,10 +154,11 @@ def series(
         present: [R, P], where a value was measured; elsewhere there is a gap. None: everywhere.
         markers: whether points carry markers.
         of: what the replicates are, for the legend.
+        number: which colour, marker and line style; None: the next on these axes.
     """
     present = np.ones(y.shape, dtype=np.bool_) if present is None else present
     y = np.where(present, y, np.nan)
-    index = sum(line.get_gid() == _GID for line in ax.lines)
+    index = sum(line.get_gid() == _GID for line in ax.lines) if number is None else number
     color, marker, linestyle = look(index)
     marker = marker if markers else "none"
     centre, low, high = summary(y, log=log, band=band)

@@ -185,7 +185,9 @@ def loss_curves(study: Study) -> tuple[Figure, str]:
             f"{one.trained.label} ({one.trained.rate:g})": (one.trained.steps, _padded(one))
             for one in shown
         }
-        plots.loss_curves(curves, ax=ax, unit="nats per byte")
+        # As in the pictures of all variants.
+        looks = [study.plan.variants.index(v) for v in study.plan.training_variants]
+        plots.loss_curves(curves, ax=ax, unit="nats per byte", looks=looks)
         ax.set_ylabel("Validation loss [nats per byte]")
         _unigram_line(ax, study.unigram_nats)
         if len(depths) > 1:

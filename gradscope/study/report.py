@@ -10,6 +10,7 @@ from gradscope.study import claims_at_initialisation as at_initialisation
 from gradscope.study import claims_in_training as in_training
 from gradscope.study.summary import AtInitialisation, InTraining, Study, paired_difference
 from gradscope.study.training import BETAS, EPSILON, WEIGHT_DECAY
+from gradscope.study.verdict_table import verdict_section
 from gradscope.study.words import factor_text, interval_text, number_text
 
 __all__ = ["report"]
@@ -57,6 +58,7 @@ def report(study: Study, pictures: Mapping[str, str]) -> str:
         ),
         "### Other initialisations\n\n" + _initialization_table(study),
         "### Every variant at torch's default initialisation\n\n" + _variant_table(study),
+        verdict_section(study),
         _section("In training", _training_claims(study)),
         _pictures(pictures, TRAINING_PICTURES),
         _training_tables(study),
