@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["decay"]
 
 _TOWARDS: Final = r"input $\leftarrow$ depth $l$ [blocks] $\rightarrow$ loss"
+_LETTERS: Final = {"kappa": "κ", "kappa_1": "κ₁", "kappa_2": "κ₂", "beta": "β"}
 
 
 def decay(
@@ -61,7 +62,10 @@ def decay(
                     color=color,
                     alpha=0.5,
                 )
-            rates = ", ".join(f"{name} = {found.estimate:.3g}" for name, found in fit.parameters.items())
+            rates = ", ".join(
+                f"{_LETTERS.get(name, name)} = {found.estimate:.3g}"
+                for name, found in fit.parameters.items()
+            )
             words = f"{fit.family}{f' ({rates})' if rates else ''}"
             ax.plot(
                 fit.depth,
@@ -71,12 +75,12 @@ def decay(
                 label=f"{label}: {words}" if label else words,
             )
         first = next(iter(named.values()))
-        ax.set_yscale("log")
         ax.set_xlabel(_TOWARDS)
         end = "input end" if first.forward else "loss end"
         what = find_quantity(first.quantity).label
         ax.set_ylabel(style.axis_label(f"{what} (amplitude), relative to the {end}", "1"))
         style.integer_ticks(ax.xaxis)
+        style.finish(ax, log=True)
         if legend:
             ax.legend()
     return ax
