@@ -27,6 +27,7 @@ also on another machine::
     record.to_pandas()                             # tidy, one row per value
     gradscope.profile(record).mean_increment()     # nats per block, with a 95 % interval
     gradscope.fit_decay(record)                    # family of decay, rate, depth scale, intervals
+    gradscope.diagnose(record)                     # findings with cause and remedy
     gradscope.verdict(record)                      # vanishing, exploding, preserved, inconclusive
     gradscope.predict([record, deeper], depth=96)  # the gradient at a depth that was not built
     gradscope.plot.depth({"run": record})
@@ -53,7 +54,9 @@ if TYPE_CHECKING:
     from gradscope import reference as reference
     from gradscope.analysis import Profile as Profile
     from gradscope.analysis import depth_limit as depth_limit
+    from gradscope.analysis import diagnose as diagnose
     from gradscope.analysis import fit_decay as fit_decay
+    from gradscope.analysis import meanfield as meanfield
     from gradscope.analysis import predict as predict
     from gradscope.analysis import profile as profile
     from gradscope.analysis import verdict as verdict
@@ -78,8 +81,10 @@ __all__ = [
     "Record",
     "Scope",
     "depth_limit",
+    "diagnose",
     "effective_depth",
     "fit_decay",
+    "meanfield",
     "measure",
     "plot",
     "predict",
@@ -100,8 +105,10 @@ _HOME: Final = {
     "Record": "gradscope.record:Record",
     "Scope": "gradscope.scope:Scope",
     "depth_limit": "gradscope.analysis:depth_limit",
+    "diagnose": "gradscope.analysis:diagnose",
     "effective_depth": "gradscope.experiment.effective_depth:effective_depth",
     "fit_decay": "gradscope.analysis:fit_decay",
+    "meanfield": "gradscope.analysis.meanfield",
     "measure": "gradscope.experiment.measure:measure",
     "plot": "gradscope.show.plots",
     "predict": "gradscope.analysis:predict",

@@ -22,6 +22,8 @@ from gradscope.record import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from gradscope.analysis.diagnosis import Diagnosis
+
 __all__ = ["Scope", "watch"]
 
 # The scope lives as long as its model: `gradscope.watch(model)` alone, result unused, records too.
@@ -59,6 +61,7 @@ def watch(
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+        print(scope.diagnose())
         scope.plot()
 
     Args:
@@ -83,7 +86,8 @@ def watch(
         scaler: the ``torch.amp.GradScaler`` in use, where several are; one alone is found by itself.
 
     Returns:
-        A `Scope`: a context manager with ``record``, ``plot()``, ``table()``, ``step()``, ``close()``.
+        A `Scope`: a context manager with ``record``, ``diagnose()``, ``plot()``, ``table()``, ``step()``,
+        ``close()``.
 
     Raises:
         LayerError: no depth axis in the model, or a pattern that matches nothing.
@@ -179,6 +183,12 @@ class Scope:
     def log(self, *, loss: float | Tensor) -> None:
         """Put the loss beside the open step, where the model's output does not hold it."""
         self._recorder.guarded(-1, self._recorder.note_loss, loss)
+
+    def diagnose(self, **options: Any) -> Diagnosis:
+        """What is wrong so far, where, why and what to do: `gradscope.diagnose` of the record."""
+        from gradscope.analysis.diagnosis import diagnose
+
+        return diagnose(self.record, **options)
 
     def plot(self, quantity: str = "grad_l2", **options: Any) -> Axes:
         """Depth against a quantity: `gradscope.plot.depth` of the record."""

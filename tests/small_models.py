@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from gradscope.collect.recorder import Recorder
 from gradscope.record import Record
 
 WIDTH = 6
@@ -53,6 +55,10 @@ def stack(*blocks: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64)
 def batch(seed: int = 0, size: int = 5, tokens: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, tokens, 3, dtype=dtype, generator=generator)
+
+
+def sgd(model: nn.Module, rate: float = 0.1) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=rate)
 
 
 def square_loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -202,3 +208,18 @@ def hooks_of(model: nn.Module) -> list[int]:
             "_backward_pre_hooks",
         )
     ]
+
+
+@pytest.fixture(autouse=True)
+def no_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """gradscope hides its own errors from the training; where this is imported, they are heard."""
+    heard: list[BaseException] = []
+    original = Recorder._fault
+
+    def fault(self: Recorder, site: int, error: Exception, *others: Any) -> None:
+        heard.append(error)
+        original(self, site, error, *others)
+
+    monkeypatch.setattr(Recorder, "_fault", fault)
+    yield
+    assert not heard, heard

@@ -23,6 +23,7 @@ from small_models import (
     assert_true,
     batch,
     hooks_of,
+    sgd,
     square_loss,
     stack,
     status,
@@ -34,10 +35,6 @@ from torch import nn
 import gradscope
 from gradscope import statistics
 from gradscope.record import Record
-
-
-def sgd(model: nn.Module, rate: float = 0.1) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=rate)
 
 
 def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -273,7 +270,7 @@ def test_a_long_run_stays_within_its_bytes_and_keeps_what_matters() -> None:
                 else:
                     for p in model.parameters():
                         p.grad = None
-                    scope._recorder._stepped = True
+                    scope._recorder._step.stepped = True
                 optimizer.zero_grad()
     steps = scope.record.steps
     assert sum(s.nbytes for s in steps) <= 40_000
@@ -352,8 +349,8 @@ def test_a_full_disk_loses_nothing_in_memory(tmp_path: Path, monkeypatch: pytest
         def full(step: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        assert scope._recorder._writer is not None
-        monkeypatch.setattr(scope._recorder._writer, "write", full)
+        assert scope._recorder._storage.writer is not None
+        monkeypatch.setattr(scope._recorder._storage.writer, "write", full)
         with pytest.warns(gradscope.GradscopeWarning, match="No space left") as caught:
             warnings.simplefilter("always")
             train(model, range(2, 6), optimizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,37 +16,19 @@ from small_models import (
     assert_true,
     batch,
     cell,
+    sgd,
     square_loss,
     stack,
     status,
     truth,
     value,
 )
+from small_models import no_faults as no_faults  # a fixture of every test here
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradscope
 from gradscope.record import Record
-
-
-@pytest.fixture(autouse=True)
-def no_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from gradscope.collect.recorder import Recorder
-
-    heard: list[BaseException] = []
-    original = Recorder._fault
-
-    def fault(self: Recorder, site: int, error: Exception, *others: Any) -> None:
-        heard.append(error)
-        original(self, site, error, *others)
-
-    monkeypatch.setattr(Recorder, "_fault", fault)
-    yield
-    assert not heard, heard
-
-
-def sgd(model: nn.Module, rate: float = 0.1) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=rate)
 
 
 def one_step(model: nn.Module, layers: str | None = "**", **options: Any) -> Record:

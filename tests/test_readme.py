@@ -25,7 +25,7 @@ def test_an_example_runs_as_written(number: int, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
 
 
 def test_what_the_readme_links_to_exists() -> None:
@@ -41,3 +41,11 @@ def test_the_tables_are_those_of_the_study() -> None:
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) > 15
     assert [row for row in rows if row not in study] == []
+
+
+def test_the_calibration_is_that_of_the_benchmark() -> None:
+    found = (ROOT / "figures" / "calibration.md").read_text(encoding="utf-8").splitlines()
+    shown = README.split("## Know what it means")[1].split("## What is recorded")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) == 11
+    assert [row for row in rows if row not in found] == []

@@ -5,15 +5,20 @@
 - `fit_decay`: the family of decay that a profile follows, its rate and depth scale.
 - `verdict`, `verdicts`: vanishing, exploding, preserved or inconclusive, with the evidence.
 - `predict`, `depth_limit`: the gradient at a depth not built; how deep the architecture can go.
-- `QUANTITIES`, `FAMILIES`: what there is, with formula and source.
+- `diagnose`: what is wrong, where, since when, why, and what to do; `rule` makes a rule of one's own.
+- `meanfield`: what theory expects of a wide plain net, and a measured profile beside it.
+- `path_lengths`: how many paths of which length an unrolled residual network has.
+- `QUANTITIES`, `FAMILIES`, `RULES`: what there is, with formula and source.
 """
 
 from __future__ import annotations
 
 from gradscope.analysis.change import DepthScale
 from gradscope.analysis.decay import DecayFit, fit_decay
+from gradscope.analysis.diagnosis import RULES, Diagnosis, Finding, Rule, Threshold, diagnose, rule
 from gradscope.analysis.families import FAMILIES, Family, family
 from gradscope.analysis.history import History, history
+from gradscope.analysis.path_lengths import PathLengths, path_lengths
 from gradscope.analysis.predict import DepthLimit, Prediction, depth_limit, predict
 from gradscope.analysis.profile import Interval, Profile, interval, profile
 from gradscope.analysis.quantities import QKV_NAMES, QUANTITIES, Quantity, find_quantity
@@ -23,25 +28,34 @@ __all__ = [
     "FAMILIES",
     "QKV_NAMES",
     "QUANTITIES",
+    "RULES",
     "DecayFit",
     "DepthLimit",
     "DepthScale",
+    "Diagnosis",
     "Family",
+    "Finding",
     "History",
     "Interval",
+    "PathLengths",
     "Prediction",
     "Profile",
     "Quantity",
+    "Rule",
+    "Threshold",
     "Verdict",
     "Verdicts",
     "depth_limit",
+    "diagnose",
     "family",
     "find_quantity",
     "fit_decay",
     "history",
     "interval",
+    "path_lengths",
     "predict",
     "profile",
+    "rule",
     "verdict",
     "verdicts",
 ]

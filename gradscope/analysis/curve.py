@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.analysis.dtypes import SMALLEST, dtypes_of
 from gradscope.analysis.profile import Profile, profile
 from gradscope.analysis.quantities import Quantity, find_quantity
 from gradscope.analysis.trunk import Trunk
@@ -28,15 +29,6 @@ Source = Record | Profile | npt.ArrayLike
 
 #: Below so many layers a curve has no shape to speak of.
 MINIMUM_LAYERS: Final = 4
-
-#: Smallest subnormal and smallest normal number of the dtypes that networks compute in (IEEE 754;
-#: bfloat16 has float32's exponent and 7 fraction bits).
-_SMALLEST: Final[dict[str, tuple[float, float]]] = {
-    "float64": (2.0**-1074, 2.0**-1022),
-    "float32": (2.0**-149, 2.0**-126),
-    "bfloat16": (2.0**-133, 2.0**-126),
-    "float16": (2.0**-24, 2.0**-14),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -241,13 +233,12 @@ def _zero_bound(record: Record, found: Profile) -> float:
     stream; NaN for other quantities, or where the header does not tell the dtype.
     """
     header: dict[str, Any] = dict(record.header)
-    names = str(header.get("stream_dtype") or header.get("dtype") or "").split(", ")
-    if found.quantity not in ("grad_l2", "grad_rms", "act_mean_square") or not all(
-        name in _SMALLEST for name in names
-    ):
+    names = dtypes_of(header)
+    known = bool(names) and all(name in SMALLEST for name in names)
+    if found.quantity not in ("grad_l2", "grad_rms", "act_mean_square") or not known:
         return math.nan
     normal = bool(header.get("flush_denormal"))
-    smallest = max(_SMALLEST[name][1 if normal else 0] for name in names)
+    smallest = max(SMALLEST[name][1 if normal else 0] for name in names)
     width = 1.0
     if found.quantity == "grad_l2":
         trunk = Trunk(record, found.trunk)

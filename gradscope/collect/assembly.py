@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters, Readings
+from gradscope.collect.passes import LAST, Call, Pass
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
 from gradscope.statistics import ACTIVATION, GRADIENT, Value, pool
 
-__all__ = ["Assembler", "Call", "Pass", "Slot", "TrunkPass"]
+__all__ = ["Assembler"]
 
 _A: Final = len(ACTIVATION)
 _LINEAR: Final = ("l2", "mean", "absmax", "diff_next_l2")
@@ -27,93 +27,6 @@ _COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
 )
 _STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in _COLUMNS])
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
-PAIR: Final = ("dot_next", "diff_next_l2")
-LAST: Final = "not supported: the last position has no next"
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One output tensor of a call: its activation statistics, and its gradient's once it has come."""
-
-    site: int
-    values: list[Value]
-    absent: dict[int, str]
-    gradient: list[Value] | None = None
-    gradient_absent: dict[int, str] = field(default_factory=dict)
-    backward: int | None = None
-    repeated: bool = False
-    stream: bool = False
-    successor: Slot | None = None
-    trunk: TrunkPass | None = None
-    owner: Pass | None = None
-    error: str | None = None
-    handles: list[Any] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call of a watched layer in one forward pass.
-
-    ``site`` is the layer's index, or -1 - t for the input of trunk t. ``block_call`` says during
-    which call of its block a branch ran. ``pending`` marks a call without gradient inside a forward
-    with: re-entrant checkpointing will run it again in the backward pass.
-    """
-
-    site: int
-    index: int
-    slots: list[Slot]
-    block_call: int = 0
-    pending: bool = False
-    unit_skip: bool | None = None
-    error: str | None = None
-
-    def primary(self) -> Slot | None:
-        """The first float tensor that received a gradient, else the first."""
-        for slot in self.slots:
-            if slot.gradient is not None:
-                return slot
-        return self.slots[0] if self.slots else None
-
-
-@dataclass(slots=True, eq=False)
-class TrunkPass:
-    """One trunk in one forward pass: its stream positions in forward order."""
-
-    calls: list[Call] = field(default_factory=list)
-    edges: list[Any] = field(default_factory=list)
-    branch_edges: dict[int, Any] = field(default_factory=dict)
-    unproven: list[int] = field(default_factory=list)
-    input: Tensor | None = None
-    held_activation: tuple[Tensor, int, Slot] | None = None
-    held_gradient: tuple[Tensor, int, Slot] | None = None
-
-
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class Pass:
-    """One forward pass and what came back through it.
-
-    ``accumulated`` says that a backward pass through it wrote to ``.grad``; ``graph`` holds weak
-    references to hooks that live as long as its autograd graph.
-    """
-
-    calls: list[Call] = field(default_factory=list)
-    counts: dict[int, int] = field(default_factory=dict)
-    trunks: dict[str, TrunkPass] = field(default_factory=dict)
-    aliases: dict[int, tuple[Any, int, Slot]] = field(default_factory=dict)
-    root_open: bool = False
-    begun: set[int] = field(default_factory=set)
-    ended: set[int] = field(default_factory=set)
-    loss: Tensor | float | None = None
-    scale: Tensor | float | None = None
-    valid: Tensor | None = None
-    error: str | None = None
-    accumulated: bool = False
-    graph: list[weakref.ref[Any]] = field(default_factory=list)
-
-    @property
-    def complete(self) -> bool:
-        """Forward came to its end, and every backward that began did too."""
-        return not self.root_open and self.begun <= self.ended
 
 
 @dataclass(slots=True)

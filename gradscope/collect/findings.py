@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
+from gradscope.collect.open_step import OpenStep
+from gradscope.collect.voice import Voice
+from gradscope.layers import Layer
 from gradscope.record import SIGNALS, Rows, Step
 
 __all__ = ["Findings"]
@@ -19,11 +23,37 @@ _HAD_GRADIENT: Final = -1
 
 
 class Findings:
-    """Looks at each finished step; remembers which layers have had a gradient."""
+    """Looks at each finished step; remembers which layers have had a gradient.
 
-    def __init__(self) -> None:
+    Args:
+        layers: the watched layers.
+        voice: warns of what is found; None to stay silent.
+    """
+
+    def __init__(self, layers: Sequence[Layer], voice: Voice | None) -> None:
+        self._layers = layers
+        self._voice = voice
         self._history: dict[tuple[str, str, int], int] = {}
         self._known: tuple[Rows, dict[str, dict[str, list[int]]]] | None = None
+
+    def mark(self, step: Step, seen: OpenStep) -> Step:
+        """The step with its finding, of which the user is warned.
+
+        Args:
+            step: the finished step.
+            seen: the open step that it was made of.
+        """
+
+        def order(signal: str) -> list[tuple[str, str, int]]:
+            calls = [c for c in seen.in_order_of_arrival(signal) if c.site >= 0]
+            return [(self._layers[c.site].name, self._layers[c.site].type, c.index) for c in calls]
+
+        finding = self.of(step, order)
+        if finding is None:
+            return step
+        if self._voice is not None:
+            self._voice.say(finding.split(":")[0], f"gradscope, step {step.step}: {finding}")
+        return replace(step, finding=finding)
 
     def of(self, step: Step, order: Order) -> str | None:
         """The step's finding in words, the graver first; None where there is nothing to say.

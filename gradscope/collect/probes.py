@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -20,16 +20,18 @@ from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
-    from gradscope.collect.assembly import Pass, Slot
+    from gradscope.collect.passes import Pass, Slot
     from gradscope.collect.recorder import Recorder
 
 __all__ = [
+    "BackwardEndProbe",
     "BackwardProbe",
     "BlockInputProbe",
     "ForwardProbe",
     "GradientProbe",
     "RootEndProbe",
     "RootStartProbe",
+    "ScaleEndProbe",
     "ScaleProbe",
     "after_backward",
     "backward_id",
@@ -170,6 +172,34 @@ class ScaleProbe(_Probe):
             recorder.guarded(-1, recorder.on_scaled_backward, self.scale)
 
 
+class ScaleEndProbe(_Probe):
+    """Callback of the engine: the backward pass of a scaled loss came to its end."""
+
+    __slots__ = ()
+
+    def __call__(self) -> None:
+        """Called by the engine."""
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.on_scaled_backward_end()
+
+
+class BackwardEndProbe(_Probe):
+    """Callback of the engine: a backward pass came to its end."""
+
+    __slots__ = ("backward",)
+
+    def __init__(self, recorder: Recorder, backward: int) -> None:
+        super().__init__(recorder)
+        self.backward = backward
+
+    def __call__(self) -> None:
+        """Called by the engine."""
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.guarded(-1, recorder.on_backward_end, self.backward)
+
+
 # -- the engine ------------------------------------------------------------------------------------
 
 
@@ -180,9 +210,17 @@ def backward_id() -> int:
     return torch._C._current_graph_task_id()
 
 
-def after_backward(function: Any) -> None:
-    """Call a function at the end of the backward pass that runs now."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
+def after_backward(function: Callable[[], None], *, last: bool = False) -> None:
+    """Call a function at the end of the backward pass that runs now.
+
+    Args:
+        function: the function.
+        last: after all that others queue during this backward pass (DDP's final reduction).
+    """
+    queue: Callable[[Callable[[], None]], None]
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    # They run in order of queueing: what queues itself again then comes after all of them.
+    queue((lambda: queue(function)) if last else function)
 
 
 def in_transform() -> bool:

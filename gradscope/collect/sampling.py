@@ -2,7 +2,7 @@
 
 The sampler is told which pass is open and what the hooks saw; it measures tensors at once, keeps
 scalars, and lets go of the tensors. What it does hold, and for how long, is documented in
-`gradscope.collect.assembly.TrunkPass`.
+`gradscope.collect.passes.TrunkPass`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradscope import statistics
 from gradscope.collect import graph, probes
-from gradscope.collect.assembly import LAST, PAIR, Call, Pass, Slot, TrunkPass
+from gradscope.collect.passes import LAST, PAIR, Call, Pass, Slot, TrunkPass
 from gradscope.layers import Layer
 from gradscope.statistics import ACTIVATION, GRADIENT
 
@@ -67,6 +67,8 @@ class Sampler:
         self.slow = False
         self.masked = False
         self.verified: dict[int, bool] = {}
+        #: Every dtype that an activation came in: under autocast not the parameters'.
+        self.dtypes: set[torch.dtype] = set()
         block = {(x.trunk, x.block): s for s, x in enumerate(layers) if x.is_block}
         self._block_of_branch = {
             s: block.get((x.trunk, x.block)) for s, x in enumerate(layers) if x.branch is not None
@@ -183,6 +185,7 @@ class Sampler:
             slow=self.slow,
             stream=state is not None,
         )
+        self.dtypes.add(tensor.dtype)
         slot = Slot(site, values, absent, stream=state is not None, trunk=state, owner=p)
         if tensor.requires_grad:
             self._hook(tensor, slot)

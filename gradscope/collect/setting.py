@@ -1,18 +1,38 @@
-"""The setting of a watch: what its header says of model and machine, and where no hook can see."""
+"""The setting of a watch: what was chosen, what the header says, and where no hook can see."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from gradscope.errors import GradscopeError
 from gradscope.layers import Layer, named_layers
+from gradscope.record import STATISTICS
 
-__all__ = ["compiled_sites", "describe", "refusal"]
+__all__ = ["chosen_statistics", "compiled_sites", "describe", "linear_sites", "refusal"]
+
+
+def chosen_statistics(chosen: Iterable[str] | None) -> frozenset[str]:
+    """The statistics to keep: those that were chosen, None for all, and what everything derives from.
+
+    Raises:
+        GradscopeError: there is no statistic of such a name.
+    """
+    if chosen is None:
+        return frozenset(STATISTICS)
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    unknown = [n for n in chosen if n not in STATISTICS]
+    if unknown:
+        raise GradscopeError(
+            f"statistics= has no {', '.join(map(repr, unknown))}; choose from {', '.join(STATISTICS)}."
+        )
+    # The norms and counts behind every derived quantity are always kept.
+    return frozenset(chosen) | {"l2", "count", "tokens"}
 
 
 def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
@@ -33,6 +53,8 @@ def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
             "numpy": np.__version__,
         },
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or None,
+        # Seen in the forward pass: autocast makes it another one.
+        "activation_dtype": None,
         "device": ", ".join(sorted({p.device.type for p in parameters})) or None,
         "parallelism": "single process" if refusal() is None else "several processes",
         "seeds": {"torch": torch.initial_seed()},
@@ -64,3 +86,14 @@ def compiled_sites(model: nn.Module, layers: Sequence[Layer]) -> frozenset[int]:
             roots.append(module)
     inside = {id(m) for root in roots for m in root.modules()}
     return frozenset(s for s, layer in enumerate(layers) if id(modules[layer.name]) in inside)
+
+
+def linear_sites(modules: Sequence[nn.Module]) -> frozenset[int]:
+    """Which of the modules have an output that is an `nn.Linear`'s."""
+    return frozenset(s for s, module in enumerate(modules) if _ends_linear(module))
+
+
+def _ends_linear(module: nn.Module) -> bool:
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    return type(module).forward is nn.Linear.forward

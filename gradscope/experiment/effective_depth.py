@@ -22,22 +22,20 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradscope.errors import LayerError, MeasureError
-from gradscope.experiment.batches import copied_twice, first_float, model_loss, own_random_state, replaced
-from gradscope.layers import named_layers, select
+from gradscope.errors import MeasureError
+from gradscope.experiment.batches import copied_twice, model_loss, own_random_state
+from gradscope.experiment.branches import block_of_each, branch_names
+from gradscope.experiment.two_copies import TOLERANCE, TrunkRun
+from gradscope.layers import named_layers
 
 __all__ = ["Checks", "EffectiveDepth", "effective_depth"]
-
-#: Largest relative difference that counts as rounding, by the dtype of the stream.
-TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +136,8 @@ def effective_depth(
     effective depth 6 of 6 branches at the input of blocks.0
     """
     model = _unwrapped(model)
-    names = _branch_names(model, branches)
-    blocks = _blocks(names)
+    names = branch_names(model, branches)
+    blocks = block_of_each(names)
     _refuse_coupled_samples(model)
     if loss is None:
         if not isinstance(batch, Mapping):
@@ -151,7 +149,7 @@ def effective_depth(
     with _undisturbed(model):
         single, doubled = copied_twice(batch, batch_dim)
         twin = _copy(model)
-        plain = _Pass(twin, names, blocks, None)
+        plain = TrunkRun(twin, names, blocks, None)
         untagged = plain.gradient(loss, single)
         if untagged is None:
             raise MeasureError(
@@ -173,13 +171,13 @@ def effective_depth(
                 checks=Checks(copies_difference=math.nan, untagged_difference=math.nan),
                 status=absent,
             )
-        tagged = _Pass(twin, names, blocks, plain)
+        tagged = TrunkRun(twin, names, blocks, plain)
         both = tagged.gradient(loss, doubled)
     assert both is not None  # the same graph as in the plain pass, and that had a gradient
     return _result(plain, tagged, untagged, both)
 
 
-def _result(plain: _Pass, tagged: _Pass, untagged: Tensor, both: Tensor) -> EffectiveDepth:
+def _result(plain: TrunkRun, tagged: TrunkRun, untagged: Tensor, both: Tensor) -> EffectiveDepth:
     tolerance = TOLERANCE[untagged.dtype]
     difference = tagged.copies_difference()
     if not difference <= tolerance:
@@ -220,296 +218,7 @@ def _result(plain: _Pass, tagged: _Pass, untagged: Tensor, both: Tensor) -> Effe
     )
 
 
-# -- the two passes ------------------------------------------------------------------------
-
-
-class _BranchTag(torch.autograd.Function):
-    """Identity on a branch output whose backward maps the copies' (g, ġ) to (g, ġ + g)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
-        return x.clone()  # not a view: what follows may be an in-place operation
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        g, dot = grads[0].chunk(2, ctx.dim)
-        return torch.cat((g, dot + g), ctx.dim), None
-
-
-class _TrunkEnd(torch.autograd.Function):
-    """Identity on the trunk's last tensor whose backward maps the copies' (g, g) to (g, 0)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        g, _ = grads[0].chunk(2, ctx.dim)
-        return torch.cat((g, torch.zeros_like(g)), ctx.dim), None
-
-
-class _Pass:
-    """One forward and backward pass: of the batch itself, or of its two copies with tags.
-
-    The pass of the copies follows the ``plain`` one: which dimension of an inner tensor holds the
-    copies is the one that doubled against it, and which call of a block is the last is known from it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        branches: tuple[str, ...],
-        blocks: Mapping[str, str],
-        plain: _Pass | None,
-    ) -> None:
-        self.model = model
-        self.branches = branches
-        self.blocks = blocks
-        self.plain = plain
-        self.first_block = ""
-        self.input_shape = torch.Size()
-        self.input_dim = 0
-        self.calls: list[tuple[str, torch.Size]] = []
-        self.block_shapes: list[torch.Size] = []
-        self._input: GradientEdge | None = None
-        self._end: Node | None = None
-        self._differences: list[Tensor] = []
-        self._open = True
-
-    def gradient(self, loss: Callable[[Any, Any], Tensor], batch: Any) -> Tensor | None:
-        """The gradient of the loss at the trunk's input, or None where no path leads there."""
-        modules = named_layers(self.model)
-        with ExitStack() as hooks:
-            for block in dict.fromkeys(self.blocks.values()):
-                hooks.callback(
-                    modules[block].register_forward_pre_hook(self._enter(block), with_kwargs=True).remove
-                )
-            # A branch may be its own block: its tag must come before the trunk's end.
-            for name in self.branches:
-                hooks.callback(modules[name].register_forward_hook(self._branch(name)).remove)
-            for block in dict.fromkeys(self.blocks.values()):
-                hooks.callback(modules[block].register_forward_hook(self._leave).remove)
-            value = loss(self.model, batch)
-            self._open = False  # recomputation in the backward pass is not another call
-            self._check_loss(value)
-            self._check_calls()
-            assert self._input is not None
-            if self.plain is not None:
-                self._check_no_way_past_the_end(value)
-            if not value.requires_grad:
-                return None
-            try:
-                return torch.autograd.grad(value, (self._input,), allow_unused=True)[0]
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise MeasureError(
-                    "The model checkpoints activations with use_reentrant=True, which hides its graph. "
-                    "Write use_reentrant=False, or turn checkpointing off for the measurement."
-                ) from error
-
-    def copies_difference(self) -> float:
-        """The largest relative difference between the copies' forward values."""
-        return float(torch.stack([d.cpu() for d in self._differences]).amax())
-
-    def _enter(self, block: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._input is not None or not self._open:
-                return None
-            h = first_float((args, kwargs))
-            if h is None:
-                raise MeasureError(f"{block} was called without a float tensor: no gradient can be read.")
-            if h.dtype not in TOLERANCE:
-                raise MeasureError(_half(f"the input of {block}", h.dtype))
-            self.first_block, self.input_shape = block, h.shape
-            if self.plain is not None:
-                self.input_dim = _doubled_dim(f"the input of {block}", self.plain.input_shape, h.shape)
-            if h.requires_grad:
-                self._input = get_gradient_edge(h)
-                return None
-            leaf = h.detach().requires_grad_()
-            self._input = get_gradient_edge(leaf)
-            return replaced((args, kwargs), h, leaf.clone())  # a leaf allows no in-place operation
-
-        return hook
-
-    def _branch(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if not self._open:
-                return None
-            value = first_float(output)
-            if value is None:
-                raise MeasureError(f"The branch {name} returned no float tensor.")
-            self.calls.append((name, value.shape))
-            if self.plain is None:
-                if value.dtype not in TOLERANCE:
-                    raise MeasureError(_half(f"the output of the branch {name}", value.dtype))
-                return None
-            if len(self.calls) > len(self.plain.calls):
-                return None  # reported after the pass
-            expected = self.plain.calls[len(self.calls) - 1][1]
-            return self._tag(_BranchTag, f"the output of the branch {name}", expected, output, value)[0]
-
-        return hook
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        value = first_float(output)
-        if not self._open or value is None:
-            return None
-        self.block_shapes.append(value.shape)
-        if self.plain is None or len(self.block_shapes) != len(self.plain.block_shapes):
-            return None
-        shape = self.plain.block_shapes[-1]
-        output, tagged = self._tag(_TrunkEnd, "the end of the trunk", shape, output, value)
-        self._end = tagged.grad_fn
-        return output
-
-    def _tag(
-        self,
-        tag: type[torch.autograd.Function],
-        where: str,
-        shape: torch.Size,
-        output: Any,
-        value: Tensor,
-    ) -> tuple[Any, Tensor]:
-        dim = _doubled_dim(where, shape, value.shape)
-        first, second = value.detach().chunk(2, dim)
-        if first.numel():
-            largest = first.abs().amax().double()
-            off = (first - second).abs().amax().double()
-            self._differences.append(torch.where(off == 0, off, off / largest))
-        apply: Callable[[Tensor, int], Tensor] = cast(Any, tag).apply
-        tagged = apply(value, dim)
-        return replaced(output, value, tagged), tagged
-
-    def _check_loss(self, value: Any) -> None:
-        if not isinstance(value, Tensor) or value.dim() > 0:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise MeasureError(
-                f"loss(model, batch) returned {got}, not a scalar tensor. Reduce it: .mean()"
-            )
-
-    def _check_calls(self) -> None:
-        called = {name for name, _ in self.calls}
-        missing = [name for name in self.branches if name not in called]
-        if missing:
-            raise MeasureError(
-                f"{len(missing)} of {len(self.branches)} branches were not called in the forward pass, "
-                f"{missing[0]} among them. Was the model called that loss(model, batch) is given, and "
-                "are the branches called as modules, not through .forward()? Otherwise leave them out "
-                "of branches=."
-            )
-        if self._input is None:
-            block = self.blocks[self.calls[0][0]]
-            raise MeasureError(
-                f"{block} holds a branch but was not called itself, so that its input, h_0, was not "
-                "seen. Make it a module whose forward runs the block, x = block(x)."
-            )
-        if self.plain is not None and (
-            [name for name, _ in self.calls] != [name for name, _ in self.plain.calls]
-            or len(self.block_shapes) != len(self.plain.block_shapes)
-        ):
-            raise MeasureError(
-                "The copied batch did not call the same branches in the same order as the batch itself: "
-                "something random is active, such as layer dropping. Write model.eval()."
-            )
-
-    def _check_no_way_past_the_end(self, value: Tensor) -> None:
-        """ġ is 0 at the loss only if every path from there to h_0 crosses the trunk's end."""
-        assert self._input is not None
-        seen: set[Node] = set()
-        waiting = [get_gradient_edge(value)[:2]] if value.requires_grad else []
-        while waiting:
-            node, index = waiting.pop()
-            if (node, index) == (self._input.node, self._input.output_nr):
-                raise MeasureError(
-                    f"The loss depends on the input of {self.first_block} past the end of the trunk, "
-                    f"the output of {self.blocks[self.calls[-1][0]]}: through an auxiliary loss on an "
-                    "earlier position, a skip around the trunk, or a second forward pass. D along this "
-                    "trunk is then not defined. Write a loss on the trunk's last output alone."
-                )
-            if node is self._end or node in seen:
-                continue
-            seen.add(node)
-            waiting += [(n, i) for n, i in node.next_functions if n is not None]
-
-
-def _doubled_dim(where: str, single: torch.Size, doubled: torch.Size) -> int:
-    if len(single) == len(doubled):
-        dims = [i for i, (n, m) in enumerate(zip(single, doubled, strict=True)) if n != m]
-        if len(dims) == 1 and doubled[dims[0]] == 2 * single[dims[0]]:
-            return dims[0]
-    raise MeasureError(
-        f"With the batch copied twice, {where} went from shape {tuple(single)} to {tuple(doubled)}: not "
-        "one dimension doubled, so that the copies cannot be told apart. Is batch_dim= the dimension of "
-        "the samples?"
-    )
-
-
-def _half(where: str, dtype: torch.dtype) -> str:
-    return (
-        f"{where} is {str(dtype).removeprefix('torch.')}: D is a difference of paths, and is measured in "
-        "float64 or float32. Write model.double(), outside of autocast."
-    )
-
-
-# -- which branches, which blocks, which model ---------------------------------------------
-
-
-def _branch_names(model: nn.Module, branches: str | Sequence[str] | None) -> tuple[str, ...]:
-    if branches is None:
-        own: Any = getattr(model, "branches", None)
-        if not own or type(own) is not tuple or not all(type(name) is str for name in cast(Any, own)):
-            raise MeasureError(
-                f"The residual branches of {type(model).__name__} are not known. Name the modules whose "
-                'outputs are added to the stream: branches=["blocks.*.attention", "blocks.*.mlp"]'
-            )
-        branches = cast(tuple[str, ...], own)
-    patterns = [branches] if isinstance(branches, str) else list(branches)
-    if not patterns:
-        raise MeasureError('branches= is empty. Name them: branches=["blocks.*.attention"]')
-    try:
-        # The model itself, which has no name, matches "*" but is no branch of itself.
-        names = tuple(layer.name for layer, _ in select(model, patterns) if layer.name)
-    except LayerError as error:
-        raise LayerError(str(error).replace("layers=", "branches=", 1)) from None
-    if not names:
-        raise LayerError(f"branches={branches!r} matches the model itself alone: name modules inside it.")
-    for outer in names:
-        inner = next((name for name in names if name.startswith(f"{outer}.")), None)
-        if inner is not None:
-            raise MeasureError(
-                f"The branch {inner} lies inside the branch {outer}: its "
-                "paths would be counted twice. Name one of the two."
-            )
-    return names
-
-
-def _blocks(branches: tuple[str, ...]) -> dict[str, str]:
-    """The block of each branch: the numbered child, of the innermost common container, that holds it."""
-    paths = [name.split(".") for name in branches]
-    common = 0
-    while all(len(p) > common + 1 for p in paths) and len({p[common] for p in paths}) == 1:
-        common += 1
-    for numbered in (str.isdigit, _ends_in_a_number):
-        for i in range(common, -1, -1):
-            # A module that is numbered among others (dropout1, dropout2) holds branches, or it is not a
-            # block; in a list or a Sequential, it may be block and branch in one.
-            inside = numbered is str.isdigit or all(len(p) > i + 1 for p in paths)
-            if inside and all(numbered(p[i]) for p in paths):
-                return {name: ".".join(p[: i + 1]) for name, p in zip(branches, paths, strict=True)}
-    raise MeasureError(
-        f"The branches {', '.join(branches[:3])}{', ...' if len(branches) > 3 else ''} do not lie in "
-        "numbered blocks of one container (blocks.0, blocks.1, ...), so that the first block, whose "
-        "input is h_0, cannot be told. Put the blocks into an nn.ModuleList or an nn.Sequential."
-    )
-
-
-def _ends_in_a_number(part: str) -> bool:
-    return part[-1:].isdigit()
+# -- which model ---------------------------------------------------------------------------
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ __all__ = ["Store", "code_version"]
 
 #: The parts of the package whose source influences a stored number.
 _MEASURING: Final = (
-    "layers.py",
+    "layers",
     "record",
     "scope.py",
     "statistics.py",

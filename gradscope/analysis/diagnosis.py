@@ -1,0 +1,279 @@
+"""What is wrong in a Record, where, since when, why, and what to do."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from gradscope.analysis import rules as _rules
+from gradscope.analysis.finding import (
+    RULES,
+    SEVERITIES,
+    Finding,
+    Limits,
+    NotChecked,
+    Rule,
+    Severity,
+    Threshold,
+    register,
+    rule,
+)
+from gradscope.analysis.view import View
+from gradscope.errors import QuantityError
+from gradscope.record import Record
+
+__all__ = [
+    "RULES",
+    "Diagnosis",
+    "Finding",
+    "Limits",
+    "NotChecked",
+    "Rule",
+    "Severity",
+    "Threshold",
+    "diagnose",
+    "register",
+    "rule",
+]
+
+# Importing the package is what fills RULES.
+assert _rules.__name__
+
+_WIDTH: Final = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Diagnosis:
+    """What the health rules found in a Record.
+
+    Attributes:
+        model: the model's name.
+        steps: first and last step of the Record.
+        findings: root causes first, the gravest first; under each the findings that it explains
+            (their ``because_of`` is its index).
+        not_checked: (rule, reason) for every rule that could not look, at all or at something. A rule
+            that is neither here nor among the findings has looked and found nothing.
+        checked: names of the rules that were asked.
+    """
+
+    model: str
+    steps: tuple[int, int]
+    findings: tuple[Finding, ...]
+    not_checked: tuple[NotChecked, ...]
+    checked: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no finding is worse than a note. What could not be checked is in ``not_checked``."""
+        return all(finding.severity == "note" for finding in self.findings)
+
+    @property
+    def roots(self) -> tuple[Finding, ...]:
+        """The findings that no other explains."""
+        return tuple(finding for finding in self.findings if finding.because_of is None)
+
+    def of(self, name: str) -> tuple[Finding, ...]:
+        """The findings of one rule."""
+        return tuple(finding for finding in self.findings if finding.rule == name)
+
+    def depth_of(self, finding: Finding) -> int:
+        """How many findings stand above this one: 0 for a root cause."""
+        above = 0
+        while finding.because_of is not None:
+            finding = self.findings[finding.because_of]
+            above += 1
+        return above
+
+    @property
+    def summary(self) -> str:
+        """One line: how many findings of which severity, and how many rules could not look."""
+        counts = {s: sum(f.severity == s for f in self.findings) for s in SEVERITIES}
+        found = ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+        first, last = self.steps
+        where = f"{self.model}, step {first}" if first == last else f"{self.model}, steps {first}–{last}"
+        blind = len({item.rule for item in self.not_checked})
+        looked = f"{len(self.checked)} rules, {blind} of them not or not fully judged"
+        word = "healthy" if self.healthy else "unhealthy"
+        return f"{where}: {word}: {found or 'nothing found'} ({looked})"
+
+    def __str__(self) -> str:
+        lines = [self.summary]
+        for finding in self.findings:
+            indent = "    " * self.depth_of(finding)
+            mark = "because of this: " if finding.because_of is not None else ""
+            lines.append(f"{indent}{mark}{finding.severity.upper()} {finding.title} [{finding.rule}]")
+            for label, text in _paragraphs(finding):
+                body = f"{label}{text}"
+                lines += textwrap.wrap(
+                    body,
+                    _WIDTH - len(indent),
+                    initial_indent=f"{indent}  ",
+                    subsequent_indent=f"{indent}    ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+        if self.not_checked:
+            lines.append("not checked:")
+            for item in self.not_checked:
+                lines += textwrap.wrap(
+                    f"{item.rule}: {item.reason}",
+                    _WIDTH,
+                    initial_indent="  ",
+                    subsequent_indent="    ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Diagnosis of {self.summary}>"
+
+
+def _paragraphs(finding: Finding) -> Iterator[tuple[str, str]]:
+    yield "", finding.message
+    if finding.because_of is None:
+        yield "cause: ", finding.cause
+        yield "do: ", finding.remedy
+        yield "threshold: ", f"{finding.threshold:.4g} {_unit(finding.unit)}({finding.threshold_source})"
+        yield "source: ", finding.citation
+
+
+def _unit(unit: str) -> str:
+    return "" if unit == "1" else f"{unit} "
+
+
+def diagnose(
+    record: Record,
+    *,
+    rules: Iterable[Rule] | None = None,
+    trunk: str | None = None,
+    thresholds: Mapping[str, Mapping[str, float]] | None = None,
+) -> Diagnosis:
+    """What is wrong in a Record: every health rule, with the causes before their symptoms.
+
+    A pure function of the Record: a saved one can be judged later, elsewhere, without torch.
+
+    ::
+
+        diagnosis = gradscope.diagnose(record)
+        print(diagnosis)
+        assert diagnosis.healthy
+        gradscope.diagnose(record, thresholds={"update_ratio": {"high": 0.3}})
+
+    Args:
+        record: what was measured, by `gradscope.watch` or `gradscope.measure`.
+        rules: the rules to ask; None for all of `RULES`.
+        trunk: keep only findings on this trunk, and those off the depth axis.
+        thresholds: rule → threshold → number, instead of the rule's own.
+
+    Returns:
+        A `Diagnosis`: the findings, what could not be checked, and whether the model is healthy.
+
+    Raises:
+        QuantityError: the Record holds no step, or not that trunk.
+        ValueError: an unknown rule or threshold, or two rules of one name.
+    """
+    if not record.steps:
+        raise QuantityError(
+            "the Record holds no step, so there is nothing to diagnose. A step is complete when the next "
+            "one begins, when the scope is closed, or when scope.step() is called."
+        )
+    if trunk is not None and trunk not in record.trunks:
+        known = ", ".join(map(repr, record.trunks)) or "none"
+        raise QuantityError(f"no trunk {trunk!r} in this Record; its trunks are {known}.")
+    asked = _by_name(RULES.values() if rules is None else rules)
+    overridden = _checked_thresholds(asked, thresholds or {})
+    view = View(record)
+    found: list[Finding] = []
+    blind: list[NotChecked] = []
+    for item in asked.values():
+        missing = [need for need in item.needs if not view.has(*need)]
+        if missing:
+            blind.append(NotChecked(item.name, view.why_absent(*missing[0])))
+            continue
+        for result in item(view, Limits(rule=item, overridden=overridden.get(item.name, {}))):
+            if isinstance(result, NotChecked):
+                blind.append(result)
+            elif trunk is None or result.trunk in (trunk, ""):
+                found.append(result)
+    return Diagnosis(
+        model=str(record.header.get("model", "a model")),
+        steps=view.span(range(len(view.steps))),
+        findings=_linked(found, asked),
+        not_checked=tuple(dict.fromkeys(blind)),
+        checked=tuple(asked),
+    )
+
+
+def _by_name(rules: Iterable[Rule]) -> dict[str, Rule]:
+    asked: dict[str, Rule] = {}
+    for item in rules:
+        if not isinstance(item, Rule):
+            raise ValueError(
+                f"rules= takes rules made by the decorator gradscope.analysis.rule(...); got {item!r}. "
+                "Those of the house are gradscope.analysis.RULES.values()."
+            )
+        if asked.setdefault(item.name, item) is not item:
+            raise ValueError(f"rules= holds two rules named {item.name!r}: leave one out")
+    return asked
+
+
+def _checked_thresholds(
+    asked: Mapping[str, Rule], thresholds: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    for name, values in thresholds.items():
+        if name not in asked:
+            raise ValueError(f"thresholds= names no rule {name!r}; the rules are {', '.join(asked)}")
+        unknown = [key for key in values if key not in asked[name].thresholds]
+        if unknown:
+            raise ValueError(
+                f"the rule {name!r} has no threshold {unknown[0]!r}; it has "
+                f"{', '.join(asked[name].thresholds) or 'none'}"
+            )
+    return {
+        name: {key: float(value) for key, value in values.items()} for name, values in thresholds.items()
+    }
+
+
+def _linked(found: list[Finding], asked: Mapping[str, Rule]) -> tuple[Finding, ...]:
+    """Each finding under the one that explains it, root causes first.
+
+    A cause is a finding of one of the rules in ``explained_by`` that began no later, on the same trunk
+    or off the axis. Of several, the one whose rule stands first in ``explained_by``. Causes precede
+    their symptoms in one total order (first step, then the order of the rules), so that no circle arises.
+    """
+    place = {name: i for i, name in enumerate(asked)}
+    order = sorted(range(len(found)), key=lambda i: (found[i].steps[0], place[found[i].rule], i))
+    cause: dict[int, int | None] = {}
+    for position, i in enumerate(order):
+        wanted = asked[found[i].rule].explained_by
+        candidates = [j for j in order[:position] if _explains(found[j], found[i], wanted)]
+        cause[i] = min(candidates, key=lambda j: wanted.index(found[j].rule), default=None)
+    below: dict[int | None, list[int]] = {}
+    for i in order:
+        below.setdefault(cause[i], []).append(i)
+
+    def gravest(i: int) -> int:
+        return min([SEVERITIES.index(found[i].severity), *(gravest(j) for j in below.get(i, []))])
+
+    result: list[Finding] = []
+
+    def place_under(i: int, above: int | None) -> None:
+        at = len(result)
+        result.append(replace(found[i], because_of=above))
+        for j in sorted(below.get(i, []), key=gravest):
+            place_under(j, at)
+
+    for i in sorted(below.get(None, []), key=gravest):  # stable: by time within one severity
+        place_under(i, None)
+    return tuple(result)
+
+
+def _explains(cause: Finding, symptom: Finding, wanted: tuple[str, ...]) -> bool:
+    if cause.rule not in wanted or cause.severity == "note":
+        return False
+    # NaN does not stay on its trunk: it reaches the loss, and from there every gradient.
+    together = cause.trunk == symptom.trunk or "" in (cause.trunk, symptom.trunk)
+    return together or cause.severity == "critical"

@@ -1,0 +1,302 @@
+"""Rules on numbers that left the range of their dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.analysis.dtypes import SMALLEST, dtypes_of
+from gradscope.analysis.finding import Finding, Limits, NotChecked, Threshold, register, rule
+from gradscope.analysis.view import Grid, Site, View, spans
+
+__all__ = ["non_finite", "skipped_steps", "underflow"]
+
+_MIXED_PRECISION: Final = "Micikevicius et al. 2018, Mixed precision training, arXiv:1710.03740"
+
+
+# -- NaN and infinity ------------------------------------------------------------------------------
+
+
+def _broken(view: View, signal: str) -> Grid:
+    """Number of non-finite elements; where only the norm was stored, 1 for a norm that is not finite."""
+    grid, l2 = view.grid(signal, "nonfinite"), view.grid(signal, "l2")
+    if not grid.sites:
+        return Grid(l2.sites, np.where(np.isfinite(l2.value), 0.0, 1.0), l2.ok)
+    return grid
+
+
+@register
+@rule(
+    name="non_finite",
+    title="NaN or infinite values",
+    severity="critical",
+    citation="IEEE 754; the first culprit by the order of the passes",
+    thresholds={
+        "elements": Threshold(value=0, unit="elements", source="any NaN or infinity spreads to the loss")
+    },
+    explained_by=("update_ratio", "skipped_steps"),
+)
+def non_finite(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
+    """The first layer, signal and step with NaN or infinite elements.
+
+    First in time: the earliest step; within it activations in the order of the forward pass, then
+    gradients from the loss end, then parameter gradients. Everything after it is counted in the message.
+    Infinite activations that nothing later takes over, with a finite loss and finite gradients, are a
+    note: additive masks hold −∞ on purpose.
+    """
+    grids = {s: _broken(view, s) for s in ("activation", "output_grad", "param_grad")}
+    grids["output_grad"] = _backward(grids["output_grad"])
+    unseen = [s.replace("_", " ") for s, grid in grids.items() if not grid.ok.any()]
+    if unseen:
+        yield limits.not_checked(f"no value of: {', '.join(unseen)}")
+    found: dict[tuple[str, Site], list[tuple[int, Finding]]] = {}
+    for rows in view.runs:
+        first: tuple[str, int, int] | None = None
+        after: dict[str, int] = {}
+        last = 0
+        for row in rows.tolist():
+            for signal, grid in grids.items():
+                bad = np.flatnonzero(grid.ok[row] & (grid.value[row] > limits["elements"]))
+                if len(bad) and first is None:
+                    first = signal, row, int(bad[0])
+                if len(bad):
+                    after[signal] = max(after.get(signal, 0), len(bad))
+                    last = row
+        if first is not None:
+            signal, row, column = first
+            finding = _non_finite(view, limits, grids, first, after, view.span([row, last]))
+            found.setdefault((signal, grids[signal].sites[column]), []).append((row, finding))
+    for items in found.values():  # replicates with the same culprit are one finding
+        yield min(items, key=lambda item: item[0])[1]
+
+
+def _backward(grid: Grid) -> Grid:
+    """The same in the order of the backward pass."""
+    return grid.take(range(len(grid.sites))[::-1])
+
+
+def _non_finite(
+    view: View,
+    limits: Limits,
+    grids: dict[str, Grid],
+    first: tuple[str, int, int],
+    after: dict[str, int],
+    steps: tuple[int, int],
+) -> Finding:
+    signal, row, column = first
+    grid = grids[signal]
+    site, elements = grid.sites[column], float(grid.value[row, column])
+    absmax = view.grid(signal, "absmax")
+    largest = absmax.value[row, absmax.sites.index(site)] if site in absmax.sites else math.nan
+    # A −∞ that a softmax turns into 0 breaks nothing; a NaN anywhere, or a broken loss, does.
+    contained = (
+        signal == "activation"
+        and math.isinf(largest)
+        and not (after.keys() - {"activation"})
+        and not np.isinf(view.loss[row])
+        and grid.value[row, -1] == 0
+    )
+    what = {
+        "activation": f"the activation of {site.name}",
+        "output_grad": f"the gradient at the output of {site.name}",
+        "param_grad": f"the gradient of the parameter {site.name}",
+    }[signal]
+    words = {"activation": "activations", "output_grad": "output gradients", "param_grad": "parameters"}
+    total = ", ".join(f"{count} {words[s]}" for s, count in after.items())
+    before = [
+        at.name
+        for at, value in zip(grid.sites[:column], grid.value[row, :column], strict=True)
+        if value == 0 and at.depth == at.depth
+    ]
+    comes_after = f" Before it, {before[-1]} is finite." if before else ""
+    return limits.finding(
+        "elements",
+        value=elements,
+        sites=[site],
+        steps=steps,
+        severity="note" if contained else None,
+        message=(
+            f"First at step {view.steps[row].step}: {what} holds {elements:.0f} NaN or infinite elements "
+            f"(threshold {limits['elements']:g}).{comes_after} Up to step {steps[1]} at most {total} "
+            "at once."
+        ),
+        cause=(
+            "Additive masks hold −∞ on purpose; the loss and all gradients are finite."
+            if contained
+            else {
+                "activation": "An overflow, a division by zero, a log or root of a number ≤ 0 in this "
+                "layer's forward pass, or weights that the step before had made non-finite.",
+                "output_grad": "The forward pass is finite up to here: the backward of what comes after "
+                "this output divides by zero or overflows (a root or norm at 0, a loss scale too large).",
+                "param_grad": "The gradients of the outputs are finite: this parameter's own backward "
+                "overflows, or the parameter is used outside the watched layers.",
+            }[signal]
+        ),
+        remedy=(
+            "Nothing."
+            if contained
+            else "Look at this layer at this step first; what follows is its consequence. Run the step "
+            "again under torch.autograd.set_detect_anomaly(True); lower the learning rate, clip "
+            "gradients, or compute this layer in float32 (bfloat16 instead of float16)."
+        ),
+    )
+
+
+# -- half precision --------------------------------------------------------------------------------
+
+
+@register
+@rule(
+    name="skipped_steps",
+    title="the gradient scaler keeps skipping steps",
+    citation=_MIXED_PRECISION,
+    thresholds={
+        "share": Threshold(
+            value=0.1,
+            unit="1",
+            source="dynamic loss scaling skips one step in about 2000 once it has settled (PyTorch)",
+        ),
+        "settling": Threshold(
+            value=20, unit="steps", source="from 2^16 down to 1 takes at most 16 halvings"
+        ),
+        "least": Threshold(value=3, unit="steps", source="fewer are chance"),
+    },
+)
+def skipped_steps(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
+    """Share of recorded steps that the gradient scaler skipped, after its scale has settled.
+
+    A scaler halves its factor at every overflow and skips that step; that settles within 16 steps. One
+    that goes on skipping sees gradients that are not finite at any scale.
+    """
+    for rows in view.runs:
+        later = [row for row in rows.tolist() if view.steps[row].step >= limits["settling"]]
+        skipped = [row for row in later if "skipped step" in view.steps[row].statuses]
+        share = len(skipped) / len(later) if later else 0.0
+        if len(skipped) >= limits["least"] and share > limits["share"]:
+            steps = view.span(skipped)
+            yield limits.finding(
+                "share",
+                value=share,
+                steps=steps,
+                message=(
+                    f"{len(skipped)} of {len(later)} recorded steps from step {limits['settling']:g} on "
+                    f"were skipped by the gradient scaler, {share:.0%} (threshold "
+                    f"{limits['share']:.0%}), the first at step {steps[0]}."
+                ),
+                cause="The gradients are not finite at any loss scale: the forward or backward pass "
+                "overflows by itself.",
+                remedy="Find the layer: run one batch in float32 and look for non-finite values. "
+                "bfloat16 has float32's range and needs no scaler.",
+            )
+
+
+@register
+@rule(
+    name="underflow",
+    title="gradients underflow",
+    citation=_MIXED_PRECISION,
+    thresholds={
+        "zeros": Threshold(
+            value=0.5,
+            unit="1",
+            source="half of the elements lost; Micikevicius et al. 2018 saw divergence when small "
+            "gradients became zeros",
+        ),
+        "floor": Threshold(
+            value=16,
+            unit="smallest numbers",
+            source="elements this close to the dtype's smallest number have 4 bits or fewer",
+        ),
+    },
+    needs=[("output_grad", "zeros"), ("output_grad", "count"), ("output_grad", "l2")],
+    explained_by=("update_ratio",),
+)
+def underflow(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
+    """Gradients that are exactly 0 because their dtype holds nothing smaller.
+
+    More than half of the elements of an output's gradient are exactly 0, and the rms of the others is
+    below 16 times the dtype's smallest number. Zeros alone prove nothing: ReLU, dropout and masked
+    losses make them too. The dtype is the header's, the finest where several were seen (autocast);
+    a gradient in float16 among others is recognised by its elements, whole multiples of 2⁻²⁴.
+    """
+    zeros, count, l2 = (view.grid("output_grad", s) for s in ("zeros", "count", "l2"))
+    absmax = view.grid("output_grad", "absmax")
+    if not (zeros.sites == count.sites == l2.sites):
+        yield limits.not_checked("zeros, count and l2 are not of the same outputs")
+        return
+    names = dtypes_of(view.record.header)
+    known = [name for name in names if name in SMALLEST]
+    if not known:
+        yield limits.not_checked(
+            f"the dtype {names[0]!r} has no known smallest number" if names else "the header has no dtype"
+        )
+        return
+    normal = bool(view.record.header.get("flush_denormal"))
+    floor = min(SMALLEST[name][1 if normal else 0] for name in known)
+    with np.errstate(all="ignore"):
+        # In the dtype, gradients still carry the loss scale.
+        scale = np.where(np.isnan(view.loss_scale), 1.0, view.loss_scale)[:, None]
+        rms = l2.value * scale / np.sqrt(count.value - zeros.value)
+        share = zeros.value / count.value
+    floors = np.full(rms.shape, floor)
+    if absmax.sites == l2.sites:
+        floors[_on_half_grid(absmax.value * scale)] = SMALLEST["float16"][0]
+    near = rms < limits["floor"] * floors
+    present = l2.ok & (count.value > 0)
+    hit = present & (l2.value > 0) & near & (share > limits["zeros"])
+    for rows in view.runs:
+        where = hit[rows]
+        if not where.any():
+            continue
+        at = int(np.flatnonzero(where.any(1))[-1])
+        row = int(rows[at])
+        partly = np.flatnonzero(hit[row])
+        # Nothing at all comes through further from the loss than what is nearly gone.
+        whole = [i for i in range(int(partly.max())) if present[row, i] and l2.value[row, i] == 0]
+        columns = sorted({*partly.tolist(), *whole}, reverse=True)
+        start = int(max(partly, key=lambda i: share[row, i]))
+        sites = _names_first(l2.sites, columns, int(partly.max()))
+        seen = rows[where.any(1)]
+        factor = view.loss_scale[row]
+        yield limits.finding(
+            "zeros",
+            value=float(share[row, start]),
+            sites=sites,
+            steps=view.span(seen),
+            message=(
+                f"At step {view.steps[row].step}, {share[row, start]:.0%} of the gradient at the output "
+                f"of {l2.sites[start].name} is exactly 0 (threshold {limits['zeros']:.0%}), and the rest "
+                f"has an rms of {rms[row, start]:.2g} (threshold {limits['floor']:g} times the smallest "
+                f"number of its dtype, {floors[row, start]:.2g}). Outputs concerned: "
+                f"{spans([site.name for site in sites])}."
+            ),
+            cause=(
+                "Gradients in float16 without loss scaling."
+                if math.isnan(factor) and floors[row, start] == SMALLEST["float16"][0]
+                else f"A loss scale of {factor:g} is too small for these gradients."
+                if not math.isnan(factor)
+                else "The gradient decays below the smallest number of its dtype."
+            ),
+            remedy="Use torch.amp.GradScaler, or bfloat16 instead of float16. Where float32 underflows, "
+            "the gradient vanishes over depth: add skips or norms.",
+        )
+
+
+def _on_half_grid(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Largest elements below 2⁻¹⁴ that are whole multiples of 2⁻²⁴: the subnormal numbers of float16.
+
+    Of float32 numbers of that size one in 2¹⁴ or fewer are.
+    """
+    with np.errstate(invalid="ignore"):
+        steps = largest / SMALLEST["float16"][0]
+        small = (largest > 0) & (largest < SMALLEST["float16"][1])
+        return np.asarray(small & (steps == np.round(steps)), dtype=np.bool_)
+
+
+def _names_first(sites: Sequence[Site], columns: Sequence[int], first: int) -> list[Site]:
+    ordered = [first, *(i for i in columns if i != first)]
+    return [sites[i] for i in ordered]

@@ -1,0 +1,146 @@
+"""What is kept of one forward pass and of what comes back through it: calls, samples, the stream.
+
+Of activations and gradients, only scalars outlive the hook that saw them, but for what `TrunkPass`
+holds: the pair of neighbouring stream tensors until the next hook of the trunk, and, on steps with
+slow statistics, the trunk's input until the end of the forward pass (for `input_cosine`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor
+
+from gradscope.statistics import Value
+
+__all__ = ["LAST", "PAIR", "Call", "Pass", "Slot", "TrunkPass"]
+
+PAIR: Final = ("dot_next", "diff_next_l2")
+LAST: Final = "not supported: the last position has no next"
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One output tensor of a call: its activation statistics, and its gradient's once it has come."""
+
+    site: int
+    values: list[Value]
+    absent: dict[int, str]
+    gradient: list[Value] | None = None
+    gradient_absent: dict[int, str] = field(default_factory=dict)
+    backward: int | None = None
+    repeated: bool = False
+    stream: bool = False
+    successor: Slot | None = None
+    trunk: TrunkPass | None = None
+    owner: Pass | None = None
+    error: str | None = None
+    handles: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a watched layer in one forward pass.
+
+    ``site`` is the layer's index, or -1 - t for the input of trunk t. ``block_call`` says during
+    which call of its block a branch ran. ``pending`` marks a call without gradient inside a forward
+    with: re-entrant checkpointing will run it again in the backward pass.
+    """
+
+    site: int
+    index: int
+    slots: list[Slot]
+    block_call: int = 0
+    pending: bool = False
+    unit_skip: bool | None = None
+    error: str | None = None
+
+    def primary(self) -> Slot | None:
+        """The first float tensor that received a gradient, else the first."""
+        for slot in self.slots:
+            if slot.gradient is not None:
+                return slot
+        return self.slots[0] if self.slots else None
+
+
+@dataclass(slots=True, eq=False)
+class TrunkPass:
+    """One trunk in one forward pass: its stream positions in forward order."""
+
+    calls: list[Call] = field(default_factory=list)
+    edges: list[Any] = field(default_factory=list)
+    branch_edges: dict[int, Any] = field(default_factory=dict)
+    unproven: list[int] = field(default_factory=list)
+    input: Tensor | None = None
+    held_activation: tuple[Tensor, int, Slot] | None = None
+    held_gradient: tuple[Tensor, int, Slot] | None = None
+
+    def drop_forward(self) -> None:
+        """Let go of what is held for the forward pass: its tensors and the edges of its graph."""
+        self.input = self.held_activation = None
+        self.edges, self.branch_edges = [], {}
+
+    def drop(self) -> None:
+        """Let go of every tensor."""
+        self.held_gradient = None
+        self.drop_forward()
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Pass:
+    """One forward pass and what came back through it.
+
+    ``accumulated`` says that a backward pass through it wrote to ``.grad``; ``graph`` holds weak
+    references to hooks that live as long as its autograd graph.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    counts: dict[int, int] = field(default_factory=dict)
+    trunks: dict[str, TrunkPass] = field(default_factory=dict)
+    aliases: dict[int, tuple[Any, int, Slot]] = field(default_factory=dict)
+    root_open: bool = False
+    begun: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    loss: Tensor | float | None = None
+    scale: Tensor | float | None = None
+    valid: Tensor | None = None
+    error: str | None = None
+    accumulated: bool = False
+    graph: list[weakref.ref[Any]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Forward came to its end, and every backward that began did too."""
+        return not self.root_open and self.begun <= self.ended
+
+    def end_forward(self) -> None:
+        """Its forward has been looked at as a whole: let go of what is held for that."""
+        for state in self.trunks.values():
+            state.drop_forward()
+        self.aliases.clear()
+
+    def end_backward(self, backward: int) -> None:
+        """A backward pass through it came to its end."""
+        self.ended.add(backward)
+        for state in self.trunks.values():
+            state.held_gradient = None
+            if not self.root_open:
+                state.drop_forward()
+
+    def forget(self) -> None:
+        """It is of no step: let go of its tensors, its hooks on leaves and its samples."""
+        self.close()
+        self.calls.clear()
+
+    def close(self) -> None:
+        """Its step is over: let go of its tensors, and take its hooks off leaves."""
+        for state in self.trunks.values():
+            state.drop()
+        for call in self.calls:
+            for slot in call.slots:
+                for handle in slot.handles:
+                    handle.remove()
+                slot.handles.clear()
+        self.aliases.clear()

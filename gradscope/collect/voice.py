@@ -1,0 +1,96 @@
+"""What a recorder says to the user about a watch: the warnings, and that each kind comes once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from gradscope.errors import GradscopeWarning
+
+__all__ = ["Voice", "misfit_mask", "no_mask", "no_optimizer", "nothing_came"]
+
+
+class Voice:
+    """Warns once of each kind of thing, and never raises."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def say(self, kind: str, message: str) -> None:
+        """Warn with this message, unless a thing of this kind was said before."""
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        try:
+            warnings.warn(message, GradscopeWarning, stacklevel=2)
+        except GradscopeWarning:
+            # An "error" filter makes the warning raise; it must be heard, and must not end training.
+            logging.getLogger("gradscope").warning(message)
+
+
+def no_optimizer(backwards: int) -> tuple[str, str]:
+    """(kind, message) for so many backward passes without any optimizer's step."""
+    return (
+        "no optimizer",
+        f"gradscope has seen {backwards} backward passes and no optimizer of torch.optim "
+        "that steps the watched parameters. Say where a step ends: scope.step() after each "
+        "update. Until then every backward pass counts as one step.",
+    )
+
+
+def misfit_mask(shape: list[int]) -> tuple[str, str]:
+    """(kind, message) for a mask of a shape that no watched layer's output has."""
+    return (
+        "mask",
+        f"mask= gave a tensor of shape {shape}, which is [batch, tokens] of no watched layer's "
+        "output; nothing can be left out by it, and the step's values are absent. A tensor given "
+        "as mask= must fit every batch; name the forward's argument instead: "
+        'mask="attention_mask".',
+    )
+
+
+def no_mask(mask: object, forwards: int) -> tuple[str, str]:
+    """(kind, message) for a mask that no forward had."""
+    return (
+        "no mask",
+        f"mask={mask!r} was given, and none of {forwards} forward calls had it: "
+        "padding, if there is any, is in the values. Pass the mask to the model under that name.",
+    )
+
+
+def nothing_came(
+    *, layers: int, compiled: int, forwards: int, steps: int, reached: bool
+) -> tuple[str, str] | None:
+    """(kind, message) for a watch that saw nothing: why that is, and what to write; else None.
+
+    Args:
+        layers: the number of watched layers.
+        compiled: how many of them lie inside a compiled module.
+        forwards: the number of forward calls seen.
+        steps: the number of steps recorded.
+        reached: whether a gradient came to any watched layer.
+    """
+    watched = f"{layers} layers watched"
+    if compiled and not reached:
+        return (
+            "compiled",
+            f"{watched}, {compiled} of them inside a compiled module, where "
+            "hooks are not called: their values are absent as 'compiled'. Watch and train the model "
+            "uncompiled for a while, or compile only what you do not watch.",
+        )
+    if not forwards and not steps:
+        return (
+            "no forward",
+            f"{watched}, 0 forward calls in grad mode. Either the model was never called, or only "
+            "under torch.no_grad(), or it was compiled (hooks inside compiled code are not called). "
+            "Run the uncompiled model's training loop inside `with gradscope.watch(model):`.",
+        )
+    if reached:
+        return None
+    calls = "1 forward call" if forwards == 1 else f"{forwards} forward calls"
+    return (
+        "no backward",
+        f"{watched}, {calls}, 0 backward passes through them. Either "
+        "loss.backward() was never called while the model was watched, or the loss does not "
+        "depend on any watched layer (detached? another model's output?).",
+    )
