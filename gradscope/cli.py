@@ -1,7 +1,8 @@
-"""The command line: ``gradscope study``, ``gradscope show`` and ``gradscope --version``.
+"""The command line: ``gradscope study``, ``show``, ``diagnose`` and ``--version``.
 
-Exit codes: 0 done; 2 wrong usage or input that cannot be used; 130 interrupted by Ctrl-C. Heavy
-imports wait until a command needs them, so that ``gradscope --help`` answers at once.
+Exit codes: 0 done, or healthy; 1 ``diagnose`` found a fault; 2 wrong usage or input that cannot be
+used; 130 interrupted by Ctrl-C. Heavy imports wait until a command needs them, so that
+``gradscope --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 EXIT_OK: Final = 0
+EXIT_UNHEALTHY: Final = 1
 EXIT_BAD_INPUT: Final = 2
 EXIT_INTERRUPTED: Final = 130
 #: From this width on the table has bars.
@@ -47,6 +49,12 @@ command resumes. A changed setting or a changed version measures again what depe
 _SHOW = """\
 Print the layers of a Record: gradient flow, activation variance, largest value, non-finite
 counts and parameter gradients over depth, at one step.
+"""
+
+_DIAGNOSE = """\
+Say what is wrong in a Record, where, since when, why, and what to do: every health rule, and the
+verdict on the gradient and the activation over depth. Exit code 0 where nothing is worse than a
+note, 1 where something is.
 """
 
 
@@ -142,6 +150,14 @@ def _parser() -> argparse.ArgumentParser:
         help="the quantity to plot, such as grad_l2 (the default), act_var or token_cosine; "
         "a wrong name lists them all",
     )
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="say what is wrong in a Record, where, why, and what to do",
+        description=_DIAGNOSE,
+        allow_abbrev=False,
+    )
+    diagnose.add_argument("record", type=Path, metavar="RECORD", help="a Record file (JSON Lines)")
+    diagnose.add_argument("--trunk", metavar="NAME", help="only this trunk (default: all)")
     return parser
 
 
@@ -158,7 +174,7 @@ def _positive(word: str) -> int:
 def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.command == "study":
         return _study(options, words)
-    return _show(options)
+    return _diagnose(options) if options.command == "diagnose" else _show(options)
 
 
 def _study(options: argparse.Namespace, words: Sequence[str]) -> int:
@@ -187,6 +203,29 @@ def _show(options: argparse.Namespace) -> int:
     if options.plot is not None:
         _plot(record, options)
     return EXIT_OK
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from gradscope.analysis import diagnose, verdict
+    from gradscope.errors import QuantityError
+    from gradscope.record import Record
+    from gradscope.show import findings
+
+    record = Record.load(options.record)
+    diagnosis = diagnose(record, trunk=options.trunk)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(findings.findings_tree(diagnosis))
+    else:
+        print(findings.render(diagnosis), end="")
+    for trunk in record.trunks if options.trunk is None else (options.trunk,):
+        for quantity in ("grad_l2", "act_mean_square"):
+            try:
+                print(f"\n{verdict(record, quantity, trunk=trunk)}", flush=True)
+            except QuantityError as error:
+                print(f"\n{quantity} over {trunk}: no verdict. {error}", flush=True)
+    return EXIT_OK if diagnosis.healthy else EXIT_UNHEALTHY
 
 
 def _plot(record: Record, options: argparse.Namespace) -> None:

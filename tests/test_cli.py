@@ -145,3 +145,38 @@ def test_a_reader_that_has_enough_is_no_error(record_file: Path) -> None:
     show.stdout.close()
     _, said = show.communicate(timeout=60)
     assert (show.returncode, said) == (0, "")
+
+
+def test_diagnose_prints_findings_and_verdicts(
+    record_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", str(record_file)]) == 0
+    out = capsys.readouterr().out
+    assert "Toy, steps 0–7: healthy" in out
+    assert "grad_l2 over blocks: inconclusive. Not enough layers: 3" in out
+    assert "act_mean_square over blocks: inconclusive" in out
+
+
+def test_diagnose_ends_with_one_where_something_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import math
+
+    import numpy as np
+    from synthetic import stream_step
+
+    rng = np.random.default_rng(0)
+    steps = tuple(
+        stream_step(
+            [rng.normal(size=(8, 16)) * math.exp(0.5 * depth) for depth in range(13)], replicate=r
+        )
+        for r in range(5)
+    )
+    header = {"model": "Toy", "replicates": "initialisation", "dtype": "float64"}
+    path = Record(header, steps).save(tmp_path / "bad.jsonl")
+    assert main(["diagnose", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "CRITICAL vanishing gradient" in out
+    assert "grad_l2 over h: vanishing" in out
+    assert main(["diagnose", str(path), "--trunk", "none"]) == 2
+    assert "no trunk 'none'" in capsys.readouterr().err
