@@ -338,3 +338,12 @@ def test_a_flat_profile_without_any_noise_is_flat() -> None:
     assert fit.family == "flat"
     assert fit.delta.estimate == 0
     assert fit.depth_scale.estimate == math.inf
+
+
+def test_a_short_run_with_a_clear_rate_is_not_called_flat() -> None:
+    """Six increments of one replicate: the small-sample penalty must not swallow the evidence."""
+    rng = np.random.default_rng(0)
+    families = [
+        gradscope.fit_decay(np.exp(np.cumsum(rng.normal(0.7, 0.15, 7)))).family for _ in range(20)
+    ]
+    assert families.count("flat") <= 2

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from synthetic import stream_step
+from synthetic import Builder, moments, stream_step
 from torch import Tensor, nn
 
 import gradscope
@@ -194,13 +195,59 @@ def test_an_overflow_is_exploding() -> None:
     assert gradscope.verdict(values).word == "inconclusive"
 
 
-def test_a_nan_is_left_out_and_said() -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [1, 6, 12])
+def test_a_broken_value_on_the_way_lets_nothing_be_said(bad: float, where: int) -> None:
     values = ends([-5.0, -5.1, -4.9], layers=12)
-    values[1, 0] = np.nan
+    values[1, where] = bad
     found = gradscope.verdict(values)
+    assert found.word == "inconclusive"
+    assert f"NaN or infinite at depth {where}" in found.reason
+    assert str(found) == f"grad_l2: inconclusive. {found.reason}"
+
+
+def test_an_absent_value_is_left_out_and_said() -> None:
+    rng = np.random.default_rng(0)
+    steps = tuple(
+        stream_step([rng.normal(size=(4, 8)) * math.exp(0.5 * d) for d in range(13)], replicate=r)
+        for r in range(3)
+    )
+    record = Record({"replicates": "initialisation"}, steps)
+    shorter = gradscope.profile(record)
+    assert gradscope.verdict(shorter).word == "vanishing"
+    status, value = shorter.status.copy(), shorter.value.copy()
+    status[1, 0], value[1, 0] = "not called", math.nan
+    found = gradscope.verdict(dataclasses.replace(shorter, status=status, value=value))
     assert found.word == "vanishing"
     assert found.length == 11
-    assert "left out: not finite at depth 0" in str(found)
+    assert "left out: absent at depth 0" in str(found)
+
+
+def test_trunks_are_judged_apart() -> None:
+    """Two trunks in one Record: Holm's correction is over all of them, and neither hides the other."""
+    rng = np.random.default_rng(0)
+    steps = []
+    for r in range(4):
+        builder = Builder()
+        for trunk, rate in (("encoder", 0.0), ("decoder", 0.8)):
+            for depth in range(9):
+                layer, kind = (trunk, "Stream") if depth == 0 else (f"{trunk}.{depth - 1}", "Block")
+                x = rng.normal(size=(4, 8)) * math.exp(rate * depth)
+                builder.module(depth, layer, "output_grad", moments(x), trunk=trunk, kind=kind)
+        steps.append(builder.step(replicate=r))
+    record = Record({"replicates": "initialisation"}, tuple(steps))
+    found = gradscope.verdicts({"m": record}, "grad_l2")
+    assert len(found) == 2
+    assert {v.trunk: v.word for v in found} == {"encoder": "preserved", "decoder": "vanishing"}
+    assert found["m", "grad_l2", "decoder"].comparisons == 2
+    with pytest.raises(KeyError, match="one for each trunk"):
+        found["m", "grad_l2"]
+    with pytest.raises(gradscope.GradscopeError, match="Choose one"):
+        gradscope.verdict(record)
+    with pytest.raises(TypeError, match="takes a mapping"):
+        gradscope.verdicts([record])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a Record, a Profile, or an array"):
+        gradscope.verdict("run.jsonl")
 
 
 class Tanh(nn.Module):

@@ -54,10 +54,12 @@ class DepthScale:
         )
 
     def __str__(self) -> str:
+        estimate, low, high = (
+            "∞" if math.isinf(x) else f"{x:.3g}" for x in (self.estimate, self.low, self.high)
+        )
         if math.isnan(self.low):
-            return f"{self.estimate:.3g} layers (no interval)"
-        high = "∞" if math.isinf(self.high) else f"{self.high:.3g}"
-        return f"{self.estimate:.3g} layers [{self.low:.3g}, {high}]"
+            return f"{estimate} layers (no interval)"
+        return f"{estimate} layers [{low}, {high}]"
 
 
 def _inverted(increment: float) -> float:

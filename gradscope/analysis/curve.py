@@ -173,7 +173,13 @@ def _with_decay(quantity: str) -> Quantity:
 
 def _of_array(values: npt.ArrayLike, quantity: str) -> Curve:
     asked = _with_decay(quantity)
-    array = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    try:
+        array = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "this takes a Record, a Profile, or an array of numbers [replicates, positions]; got an "
+            f"object of type {type(values).__name__}."
+        ) from error
     if array.ndim != 2 or array.shape[1] < 2:
         raise ValueError(f"an array of values is [replicates, positions]; got shape {array.shape}")
     if (array < 0).any():

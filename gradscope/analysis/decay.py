@@ -236,13 +236,20 @@ def fit_curve(
     )
 
 
+#: McQuarrie's factor n/(n − k − 2) is kept below this: with half a dozen increments it would diverge,
+#: and call every profile flat.
+_LARGEST_CORRECTION: Final = 3.0
+
+
 def _penalty(parameters: int, size: int) -> float:
-    """k·ln(n)·n/(n − k − 2), Schwarz's penalty corrected for small samples (n − k − 2 at least 1).
+    """k·ln(n)·n/(n − k − 2), Schwarz's penalty corrected for small samples, the factor at most 3.
 
     McQuarrie 1999 (Statistics & Probability Letters 44:79). Without the correction one flat profile of
     twelve layers is called something else in half of the cases.
     """
-    return parameters * math.log(size) * size / max(size - parameters - 2, 1)
+    room = size - parameters - 2
+    factor = min(size / room, _LARGEST_CORRECTION) if room > 0 else _LARGEST_CORRECTION
+    return parameters * math.log(size) * factor
 
 
 def _families(families: Iterable[str | Family] | None) -> list[Family]:

@@ -30,6 +30,10 @@ HUBER_BEND: Final = 2.0
 _MAD_TO_SD: Final = 1.482602218505602
 
 
+#: A knot is looked for at no more positions than this, evenly spaced: nets of hundreds of layers.
+_MOST_KNOTS: Final = 100
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Problem:
     """Increments and their noise, made white.
@@ -38,6 +42,7 @@ class Problem:
         z: [R, n] increments.
         at: the n + 1 positions.
         whiten: [R, n, n], inverse Cholesky factors of Cov(z_r)/s².
+        white: [R, n], the increments, whitened.
         log_determinant: Σ_r ln det(Cov(z_r)/s²).
         floor: smallest residual variance that means anything: rounding of the values.
     """
@@ -45,6 +50,7 @@ class Problem:
     z: Floats
     at: Positions
     whiten: Floats
+    white: Floats
     log_determinant: float
     floor: float
 
@@ -67,6 +73,7 @@ class Problem:
             z=z,
             at=at,
             whiten=whiten,
+            white=np.einsum("rij,rj->ri", whiten, z),
             log_determinant=2 * float(np.sum(np.log(np.diagonal(factors, axis1=1, axis2=2)))),
             floor=rounding**2,
         )
@@ -78,11 +85,11 @@ class Problem:
 
     def solve(self, x: Floats, fixed: Floats) -> tuple[Floats, float]:
         """Coefficients b and the sum of squares of z − fixed − x·b, whitened. x [n, p], fixed [n]."""
-        u = np.einsum("rij,rj->ri", self.whiten, self.z - fixed).ravel()
+        u = (self.white - self.whiten @ fixed if fixed.any() else self.white).ravel()
         if x.shape[1] == 0:
             return np.zeros(0), float(u @ u)
         design = (self.whiten @ x).reshape(-1, x.shape[1])
-        coefficients = np.linalg.lstsq(design, u, rcond=None)[0]
+        coefficients: Floats = np.asarray(np.linalg.lstsq(design, u, rcond=None)[0], dtype=np.float64)
         residual = u - design @ coefficients
         return coefficients, float(residual @ residual)
 
@@ -139,7 +146,8 @@ def fit_family(family: Family, problem: Problem) -> Fitted | None:
     knots: tuple[float, ...] = ()
     if family.search == "knots":
         # The knot stands on a position that both lines share, with three points on each side.
-        candidates = [float(s) for s in problem.at.s[2:-2]]
+        inner = problem.at.s[2:-2]
+        candidates = [float(s) for s in inner[:: max(1, -(-len(inner) // _MOST_KNOTS))]]
         if not candidates:
             return None
         squares = [square_at((knot,)) for knot in candidates]

@@ -13,6 +13,8 @@ from gradscope.analysis.change import Change, DepthScale, end_to_end
 from gradscope.analysis.curve import MINIMUM_LAYERS, Curve, Source, as_curve
 from gradscope.analysis.decay import DecayFit, fit_curve
 from gradscope.analysis.profile import Interval
+from gradscope.errors import QuantityError
+from gradscope.record import Record
 
 __all__ = ["FLAT", "THRESHOLD", "Verdict", "Verdicts", "Word", "verdict", "verdicts"]
 
@@ -100,6 +102,8 @@ class Verdict:
         what = f"{self.quantity} over {self.trunk}" if self.trunk else self.quantity
         what = f"{self.model}: {what}" if self.model else what
         word = f"{self.word} ({self.detail})" if self.detail else self.word
+        if math.isnan(self.delta.estimate):
+            return f"{what}: {word}. {self.reason}"
         fit = self.fit
         lines = [
             f"{what}: {word}. {self.reason}",
@@ -133,20 +137,22 @@ class Verdicts:
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: tuple[str, str]) -> Verdict:
-        """The verdict of (model, quantity)."""
-        for item in self.items:
-            if (item.model, item.quantity) == key:
-                return item
-        raise KeyError(key)
+    def __getitem__(self, key: tuple[str, str] | tuple[str, str, str]) -> Verdict:
+        """The verdict of (model, quantity), or (model, quantity, trunk) where a model has several."""
+        found = [v for v in self.items if (v.model, v.quantity, v.trunk)[: len(key)] == key]
+        if len(found) != 1:
+            trunks = ", ".join(repr(v.trunk) for v in found)
+            raise KeyError(f"{key}: {f'one for each trunk, {trunks}' if found else 'no such verdict'}")
+        return found[0]
 
     def __str__(self) -> str:
-        rows = [("model", "quantity", "verdict", "Δ [nats]", "interval", "L/(6ξ)", "p (Holm)")]
+        rows = [("model", "trunk", "quantity", "verdict", "Δ [nats]", "interval", "L/(6ξ)", "p (Holm)")]
         for v in self.items:
             word = f"{v.word} ({v.detail})" if v.detail else v.word
             rows.append(
                 (
                     v.model,
+                    v.trunk,
                     v.quantity,
                     word,
                     f"{v.delta.estimate:.3g}",
@@ -209,7 +215,7 @@ def verdict(
 
 def verdicts(
     sources: Mapping[str, Source],
-    quantities: Iterable[str] = ("grad_l2", "act_mean_square"),
+    quantities: str | Iterable[str] = ("grad_l2", "act_mean_square"),
     *,
     threshold: float = THRESHOLD,
     confidence: float = 0.95,
@@ -225,7 +231,7 @@ def verdicts(
         print(gradscope.verdicts({"pre": pre_record, "post": post_record}))
 
     Args:
-        sources: name → `Record`, `Profile` or array.
+        sources: name → `Record`, `Profile` or array; every trunk of a Record is judged for itself.
         quantities: names of the quantities; forward and backward by default.
         threshold: nats of amplitude.
         confidence: of the intervals.
@@ -233,10 +239,17 @@ def verdicts(
     Raises:
         QuantityError: as `verdict`.
     """
+    if not isinstance(sources, Mapping):
+        raise TypeError(
+            "verdicts() takes a mapping name → Record, such as {'pre': pre, 'post': post}; got an object "
+            f"of type {type(sources).__name__}. One alone: gradscope.verdict(record)."
+        )
+    asked = (quantities,) if isinstance(quantities, str) else tuple(quantities)
     raw = [
-        _judged(as_curve(source, quantity), name, threshold, confidence)
-        for quantity in quantities
+        _judged(curve, name, threshold, confidence)
+        for quantity in asked
         for name, source in sources.items()
+        for curve in _curves(source, quantity)
     ]
     order = sorted(range(len(raw)), key=lambda i: raw[i].p_value)
     judged = list(raw)
@@ -257,8 +270,24 @@ def verdicts(
     return Verdicts(items=tuple(judged))
 
 
+def _curves(source: Source, quantity: str) -> list[Curve]:
+    """One for each trunk that has values; an error where none has."""
+    if not isinstance(source, Record) or len(source.trunks) < 2:
+        return [as_curve(source, quantity)]
+    found: list[Curve] = []
+    refused: QuantityError | None = None
+    for trunk in source.trunks:
+        try:
+            found.append(as_curve(source, quantity, trunk=trunk))
+        except QuantityError as error:
+            refused = error
+    if not found and refused is not None:
+        raise refused
+    return found
+
+
 def _judged(curve: Curve, model: str, threshold: float, confidence: float) -> Verdict:
-    bounded = _by_bound(curve, threshold, confidence)
+    bounded = _not_finite(curve, confidence) or _by_bound(curve, threshold, confidence)
     change = end_to_end(curve, confidence)
     if bounded is not None:
         word, detail, reason, delta, length, p = bounded
@@ -360,6 +389,27 @@ def _complement(change: Change, threshold: float) -> float:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _not_finite(curve: Curve, confidence: float) -> tuple[Word, str, str, Interval, float, float] | None:
+    """No word where a value is NaN, or infinite with finite ones further on: the numbers are broken."""
+    nan = (np.isnan(curve.y) & ~curve.absent).any(0)
+    infinite = np.isposinf(curve.y).any(0)
+    beyond = np.flatnonzero(np.isfinite(curve.y).any(0))
+    passing = infinite & (np.arange(infinite.size) < (beyond[-1] if beyond.size else 0))
+    broken = np.flatnonzero(nan | passing)
+    if not broken.size:
+        return None
+    nothing = Interval(
+        estimate=math.nan, low=math.nan, high=math.nan, confidence=confidence, count=curve.replicates
+    )
+    depths = ", ".join(f"{curve.depth[i]:g}" for i in broken[:6])
+    reason = (
+        f"NaN or infinite at depth {depths}, so that nothing else can be trusted. "
+        "gradscope.diagnose(record) names the first layer and step; or measure in float64."
+    )
+    length = float(curve.distance[-1])
+    return "inconclusive", "", reason, nothing, length, 1.0
 
 
 def _by_bound(
