@@ -36,6 +36,7 @@ also on another machine::
 Ask how much of the depth the gradient really sees::
 
     gradscope.effective_depth(model, batch, loss)
+    gradscope.path_spectrum(model, batch, loss)    # how much of it came along paths of which length
 
 `gradscope.reference` holds small residual transformers with every placement of skip and norm. The
 command ``gradscope study`` measures and trains them and writes the pictures; ``gradscope show FILE``
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from gradscope.experiment.effective_depth import EffectiveDepth as EffectiveDepth
     from gradscope.experiment.effective_depth import effective_depth as effective_depth
     from gradscope.experiment.measure import measure as measure
+    from gradscope.experiment.paths import path_spectrum as path_spectrum
     from gradscope.record import Record as Record
     from gradscope.scope import Scope as Scope
     from gradscope.scope import watch as watch
@@ -86,6 +88,7 @@ __all__ = [
     "fit_decay",
     "meanfield",
     "measure",
+    "path_spectrum",
     "plot",
     "predict",
     "profile",
@@ -110,6 +113,7 @@ _HOME: Final = {
     "fit_decay": "gradscope.analysis:fit_decay",
     "meanfield": "gradscope.analysis.meanfield",
     "measure": "gradscope.experiment.measure:measure",
+    "path_spectrum": "gradscope.experiment.paths:path_spectrum",
     "plot": "gradscope.show.plots",
     "predict": "gradscope.analysis:predict",
     "profile": "gradscope.analysis:profile",

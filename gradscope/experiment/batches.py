@@ -16,7 +16,18 @@ from torch import Tensor
 from gradscope.collect.probes import tensors_in
 from gradscope.errors import MeasureError
 
-__all__ = ["copied_twice", "first_float", "mapped", "model_loss", "own_random_state", "replaced"]
+__all__ = [
+    "copied_twice",
+    "first_float",
+    "loss_or_own",
+    "mapped",
+    "model_loss",
+    "own_random_state",
+    "part_of",
+    "repeated",
+    "replaced",
+    "sample_count",
+]
 
 
 def mapped(value: Any, function: Callable[[Tensor, str], Any], path: str = "") -> Any:
@@ -54,8 +65,12 @@ def replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     return mapped(value, lambda tensor, path: new if tensor is old else tensor)
 
 
-def copied_twice(batch: Any, dim: int) -> tuple[Any, Any]:
-    """The batch on tensors of its own, and the batch twice along the dimension of the samples."""
+def sample_count(batch: Any, dim: int) -> int:
+    """The number of samples that all tensors of the batch hold along one dimension.
+
+    Raises:
+        MeasureError: none, or different numbers, or a tensor without that dimension.
+    """
     sizes: dict[str, int] = {}
 
     def check(tensor: Tensor, path: str) -> Tensor:
@@ -79,9 +94,44 @@ def copied_twice(batch: Any, dim: int) -> tuple[Any, Any]:
             f"The tensors of the batch have different sizes along batch_dim={dim} ({listed}): which hold "
             "samples cannot be told. Expand those that are shared to one row per sample."
         )
-    single = mapped(batch, lambda tensor, path: tensor.detach().clone())
-    double = mapped(batch, lambda t, path: torch.cat((t, t), dim).detach() if t.dim() else t.clone())
-    return single, double
+    return next(iter(sizes.values()))
+
+
+def part_of(batch: Any, dim: int, start: int, stop: int) -> Any:
+    """The samples from ``start`` to before ``stop``, on tensors of their own."""
+    return mapped(
+        batch,
+        lambda tensor, path: (
+            tensor.detach().narrow(dim, start, stop - start) if tensor.dim() else tensor.detach()
+        ).clone(),
+    )
+
+
+def repeated(batch: Any, dim: int, copies: int) -> Any:
+    """The whole batch several times, one copy behind the other, along the dimension of the samples."""
+    return mapped(
+        batch,
+        lambda t, path: torch.cat((t,) * copies, dim).detach() if t.dim() else t.detach().clone(),
+    )
+
+
+def copied_twice(batch: Any, dim: int) -> tuple[Any, Any]:
+    """The batch on tensors of its own, and the batch twice along the dimension of the samples."""
+    return part_of(batch, dim, 0, sample_count(batch, dim)), repeated(batch, dim, 2)
+
+
+def loss_or_own(loss: Callable[[Any, Any], Tensor] | None, batch: Any) -> Callable[[Any, Any], Tensor]:
+    """The loss that was given, or else the model's own, which needs a mapping.
+
+    Raises:
+        MeasureError: no loss was given, and the batch is no mapping.
+    """
+    if loss is None and not isinstance(batch, Mapping):
+        raise MeasureError(
+            f"Without loss=, model(**batch).loss is called, and the batch is no mapping but a "
+            f"{type(batch).__name__}. Write loss=lambda model, batch: ..., returning a scalar tensor."
+        )
+    return loss or model_loss
 
 
 def model_loss(model: Any, batch: Any) -> Tensor:

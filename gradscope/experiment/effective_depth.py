@@ -17,12 +17,10 @@ D = ⟨g, ġ⟩/‖g‖² from one pass, exact to rounding, without sampling or 
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +28,15 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import copied_twice, model_loss, own_random_state
+from gradscope.experiment.batches import copied_twice, loss_or_own
 from gradscope.experiment.branches import block_of_each, branch_names
 from gradscope.experiment.two_copies import TOLERANCE, TrunkRun
-from gradscope.layers import named_layers
+from gradscope.experiment.untouched import (
+    refuse_coupled_samples,
+    shared_copy,
+    undisturbed,
+    unwrapped,
+)
 
 __all__ = ["Checks", "EffectiveDepth", "effective_depth"]
 
@@ -135,20 +138,14 @@ def effective_depth(
     >>> print(depth)
     effective depth 6 of 6 branches at the input of blocks.0
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     names = branch_names(model, branches)
     blocks = block_of_each(names)
-    _refuse_coupled_samples(model)
-    if loss is None:
-        if not isinstance(batch, Mapping):
-            raise MeasureError(
-                f"Without loss=, model(**batch).loss is called, and the batch is no mapping but a "
-                f"{type(batch).__name__}. Write loss=lambda model, batch: ..., returning a scalar tensor."
-            )
-        loss = model_loss
-    with _undisturbed(model):
+    refuse_coupled_samples(model)
+    loss = loss_or_own(loss, batch)
+    with undisturbed(model):
         single, doubled = copied_twice(batch, batch_dim)
-        twin = _copy(model)
+        twin = shared_copy(model)
         plain = TrunkRun(twin, names, blocks, None)
         untagged = plain.gradient(loss, single)
         if untagged is None:
@@ -179,14 +176,6 @@ def effective_depth(
 
 def _result(plain: TrunkRun, tagged: TrunkRun, untagged: Tensor, both: Tensor) -> EffectiveDepth:
     tolerance = TOLERANCE[untagged.dtype]
-    difference = tagged.copies_difference()
-    if not difference <= tolerance:
-        raise MeasureError(
-            f"Two copies of the same samples gave different values in the forward pass (relative "
-            f"{difference:.1e}, allowed {tolerance:.0e}): the samples of a batch influence each other, "
-            "or something random is active. Write model.eval(), and use a model without batch "
-            "statistics, expert capacity limits and random layers."
-        )
     # Float64 on the host, scaled to 1: the norm's square of a vanished gradient would underflow.
     dim = tagged.input_dim
     u = _unit(untagged)
@@ -214,83 +203,8 @@ def _result(plain: TrunkRun, tagged: TrunkRun, untagged: Tensor, both: Tensor) -
         per_sample=_frozen(per_sample),
         reading_point=f"input of {plain.first_block}",
         gradient_l2=_norm(untagged),
-        checks=Checks(copies_difference=difference, untagged_difference=off),
+        checks=Checks(copies_difference=tagged.copies_difference, untagged_difference=off),
     )
-
-
-# -- which model ---------------------------------------------------------------------------
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model behind torch.compile and data parallelism: neither belongs to what is measured."""
-    child = {
-        "OptimizedModule": "_orig_mod",
-        "DistributedDataParallel": "module",
-        "DataParallel": "module",
-    }
-    while (name := child.get(type(model).__name__)) in model._modules:  # pyright: ignore[reportPrivateUsage]
-        model = model.get_submodule(name)
-    return model
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A copy with its own buffers and hooks that shares the parameters, which are never written."""
-    try:
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    except Exception as error:
-        raise MeasureError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and the model "
-            "itself is never run: its buffers and your hooks would see it. Measure a plain copy of it."
-        ) from error
-
-
-_STOCHASTIC_CLASS: Final = ("dropout", "droppath", "dropconnect", "drop_path", "stochasticdepth")
-
-
-def _refuse_coupled_samples(model: nn.Module) -> None:
-    for name, module in named_layers(model).items():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pyright: ignore[reportPrivateUsage]
-            if module.training or module.running_mean is None:
-                fix = (
-                    "Write model.eval()."
-                    if module.running_mean is not None
-                    else "It keeps no running statistics: replace it by a GroupNorm or LayerNorm."
-                )
-                raise MeasureError(
-                    f"{where} normalises by the statistics of the batch, so that the samples, and the "
-                    f"two copies of each, are not independent. {fix}"
-                )
-        if not module.training:
-            continue
-        stochastic = any(word in type(module).__name__.lower() for word in _STOCHASTIC_CLASS)
-        for attribute, value in vars(module).items():
-            if (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and 0 < value <= 1
-                and ("drop" in attribute.lower() or (stochastic and attribute in ("p", "rate", "prob")))
-            ):
-                raise MeasureError(
-                    f"{where} has {attribute}={value:g} and is in training mode: dropout would differ "
-                    "between the two copies of the batch. Write model.eval()."
-                )
-
-
-# -- surroundings --------------------------------------------------------------------------
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Generator[None]:
-    """Gradients on; every random state as it was, afterwards."""
-    with ExitStack() as stack:
-        stack.enter_context(own_random_state((*model.parameters(), *model.buffers())))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if any(type(m).__name__ == "OptimizedModule" for m in model.modules()):
-            # A compiled part would run without the hooks, that were not there when it was traced.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
 
 
 def _unit(x: Tensor) -> Tensor:

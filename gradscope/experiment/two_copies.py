@@ -1,11 +1,15 @@
-"""One forward and backward pass over a trunk, of the batch itself or of its two copies with tags.
+"""One forward and backward pass over a trunk, of the batch itself or of its copies with tags.
 
-The backward pass of the copies carries the pair (g, ġ): every branch output maps it to (g, ġ + g), and
-ġ starts from 0 at the end of the trunk (`gradscope.experiment.effective_depth`).
+The copies carry what the gradient is made of. Two of them carry the pair (g, ġ), and every branch output
+maps it to (g, ġ + g) (`gradscope.experiment.effective_depth`). Or copy k carries c_k, the part of the
+gradient along all paths that crossed k branches so far, and every branch output shifts copy k to k + 1;
+the last copy is a guard that stays as it is (`gradscope.experiment.paths`). At the end of the trunk all
+but the first copy start from 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Final, cast
@@ -28,48 +32,77 @@ class _BranchTag(torch.autograd.Function):
     """Identity on a branch output whose backward maps the copies' (g, ġ) to (g, ġ + g)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, copies: int) -> Tensor:
         ctx.dim = dim
         return x.clone()  # not a view: what follows may be an in-place operation
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         g, dot = grads[0].chunk(2, ctx.dim)
-        return torch.cat((g, dot + g), ctx.dim), None
+        return torch.cat((g, dot + g), ctx.dim), None, None
 
 
-class _TrunkEnd(torch.autograd.Function):
-    """Identity on the trunk's last tensor whose backward maps the copies' (g, g) to (g, 0)."""
+class _LengthTag(torch.autograd.Function):
+    """Identity on a branch output whose backward moves the copies' (c_0, ..., c_K) to (0, c_0, ...).
+
+    The last copy, behind c_K, is left as it is: 0, unless the samples of a batch influence each other.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
+    def forward(ctx: Any, x: Tensor, dim: int, copies: int) -> Tensor:
+        ctx.dim, ctx.copies = dim, copies
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        g, _ = grads[0].chunk(2, ctx.dim)
-        return torch.cat((g, torch.zeros_like(g)), ctx.dim), None
+        rows = grads[0].shape[ctx.dim]
+        size = rows // ctx.copies
+        shorter = grads[0].narrow(ctx.dim, 0, rows - 2 * size)
+        guard = grads[0].narrow(ctx.dim, rows - size, size)
+        return torch.cat((torch.zeros_like(guard), shorter, guard), ctx.dim), None, None
+
+
+class _TrunkEnd(torch.autograd.Function):
+    """Identity on the trunk's last tensor whose backward maps the copies' (g, g, ...) to (g, 0, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, copies: int) -> Tensor:
+        ctx.dim, ctx.copies = dim, copies
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows = grads[0].shape[ctx.dim]
+        size = rows // ctx.copies
+        rest = grads[0].narrow(ctx.dim, size, rows - size)
+        return torch.cat((grads[0].narrow(ctx.dim, 0, size), torch.zeros_like(rest)), ctx.dim), None, None
 
 
 class TrunkRun:
-    """One forward and backward pass: of the batch itself, or of its two copies with tags.
+    """One forward and backward pass: of the batch itself, or of its copies with tags.
 
     The pass of the copies follows the ``plain`` one: which dimension of an inner tensor holds the
-    copies is the one that doubled against it, and which call of a block is the last is known from it.
+    copies is the one that grew against it, and which call of a block is the last is known from it.
 
     Args:
         model: the model that is run; it is given hooks for as long as `gradient` takes.
         branches: names of its residual branches.
         blocks: the block that holds each branch, by name.
         plain: the run of the batch itself, for that of the copies; None for the run of the batch.
+        copies: how many copies the batch of this run holds, next to those of ``plain``.
+        by_length: whether the copies are moved on by one at each branch, rather than paired (g, ġ).
+        read: called in the backward pass, from the last block to the first, with l, the gradient at
+            the stream position l ≥ 1, which is the output of the l-th call of a block, and the
+            dimension along which the copies lie there (0 in the run of the batch).
 
     Attributes:
         first_block: the block that was called first, whose input is h_0.
         input_shape: the shape of h_0.
         input_dim: the dimension of h_0 along which the copies lie.
         calls: name and output shape of each call of a branch, in forward order.
-        block_shapes: the output shape of each call of a block, in forward order.
+        block_calls: name and output shape of each call of a block, in forward order.
+        copies_difference: the largest difference between the copies' forward values, relative to the
+            largest value there; NaN in the run of the batch itself.
     """
 
     def __init__(
@@ -78,17 +111,26 @@ class TrunkRun:
         branches: tuple[str, ...],
         blocks: Mapping[str, str],
         plain: TrunkRun | None,
+        *,
+        copies: int = 2,
+        by_length: bool = False,
+        read: Callable[[int, Tensor, int], None] | None = None,
     ) -> None:
         self.model = model
         self.branches = branches
         self.blocks = blocks
         self.plain = plain
+        self.copies = copies
+        self._branch_tag = _LengthTag if by_length else _BranchTag
+        self._read = read
         self.first_block = ""
         self.input_shape = torch.Size()
         self.input_dim = 0
         self.calls: list[tuple[str, torch.Size]] = []
-        self.block_shapes: list[torch.Size] = []
+        self.block_calls: list[tuple[str, torch.Size]] = []
+        self.copies_difference = math.nan
         self._input: GradientEdge | None = None
+        self._dtype: torch.dtype | None = None
         self._end: Node | None = None
         self._differences: list[Tensor] = []
         self._open = True
@@ -105,7 +147,7 @@ class TrunkRun:
             for name in self.branches:
                 hooks.callback(modules[name].register_forward_hook(self._branch(name)).remove)
             for block in dict.fromkeys(self.blocks.values()):
-                hooks.callback(modules[block].register_forward_hook(self._leave).remove)
+                hooks.callback(modules[block].register_forward_hook(self._leave(block)).remove)
             value = loss(self.model, batch)
             self._open = False  # recomputation in the backward pass is not another call
             self._check_loss(value)
@@ -113,6 +155,7 @@ class TrunkRun:
             assert self._input is not None
             if self.plain is not None:
                 self._check_no_way_past_the_end(value)
+                self._check_copies()
             if not value.requires_grad:
                 return None
             try:
@@ -125,10 +168,6 @@ class TrunkRun:
                     "Write use_reentrant=False, or turn checkpointing off for the measurement."
                 ) from error
 
-    def copies_difference(self) -> float:
-        """The largest relative difference between the copies' forward values."""
-        return float(torch.stack([d.cpu() for d in self._differences]).amax())
-
     def _enter(self, block: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if self._input is not None or not self._open:
@@ -138,9 +177,11 @@ class TrunkRun:
                 raise MeasureError(f"{block} was called without a float tensor: no gradient can be read.")
             if h.dtype not in TOLERANCE:
                 raise MeasureError(_half(f"the input of {block}", h.dtype))
-            self.first_block, self.input_shape = block, h.shape
+            self.first_block, self.input_shape, self._dtype = block, h.shape, h.dtype
             if self.plain is not None:
-                self.input_dim = _doubled_dim(f"the input of {block}", self.plain.input_shape, h.shape)
+                self.input_dim = self._copied_dim(
+                    f"the input of {block}", self.plain.input_shape, h.shape
+                )
             if h.requires_grad:
                 self._input = get_gradient_edge(h)
                 return None
@@ -165,21 +206,40 @@ class TrunkRun:
             if len(self.calls) > len(self.plain.calls):
                 return None  # reported after the pass
             expected = self.plain.calls[len(self.calls) - 1][1]
-            return self._tag(_BranchTag, f"the output of the branch {name}", expected, output, value)[0]
+            where = f"the output of the branch {name}"
+            return self._tag(self._branch_tag, where, expected, output, value)[0]
 
         return hook
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        value = first_float(output)
-        if not self._open or value is None:
-            return None
-        self.block_shapes.append(value.shape)
-        if self.plain is None or len(self.block_shapes) != len(self.plain.block_shapes):
-            return None
-        shape = self.plain.block_shapes[-1]
-        output, tagged = self._tag(_TrunkEnd, "the end of the trunk", shape, output, value)
-        self._end = tagged.grad_fn
-        return output
+    def _leave(self, block: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            value = first_float(output)
+            if not self._open or value is None:
+                return None
+            self.block_calls.append((block, value.shape))
+            position = len(self.block_calls)
+            if self.plain is None:
+                self._read_at(position, value, 0)
+                return None
+            if position > len(self.plain.block_calls):
+                return None  # reported after the pass
+            expected = self.plain.block_calls[position - 1][1]
+            if self._read is not None:
+                dim = self._copied_dim(f"the output of {block}", expected, value.shape)
+                self._read_at(position, value, dim)
+            if position < len(self.plain.block_calls):
+                return None
+            output, tagged = self._tag(_TrunkEnd, "the end of the trunk", expected, output, value)
+            self._end = tagged.grad_fn
+            return output
+
+        return hook
+
+    def _read_at(self, position: int, value: Tensor, dim: int) -> None:
+        read = self._read
+        if read is not None and value.requires_grad:
+            # A hook of the tensor, that autograd calls also where the tensor is changed in place later.
+            cast(Any, value).register_hook(lambda grad: read(position, grad, dim))
 
     def _tag(
         self,
@@ -189,14 +249,14 @@ class TrunkRun:
         output: Any,
         value: Tensor,
     ) -> tuple[Any, Tensor]:
-        dim = _doubled_dim(where, shape, value.shape)
-        first, second = value.detach().chunk(2, dim)
+        dim = self._copied_dim(where, shape, value.shape)
+        first, *others = value.detach().chunk(self.copies, dim)
         if first.numel():
             largest = first.abs().amax().double()
-            off = (first - second).abs().amax().double()
+            off = torch.stack([(first - other).abs().amax() for other in others]).amax().double()
             self._differences.append(torch.where(off == 0, off, off / largest))
-        apply: Callable[[Tensor, int], Tensor] = cast(Any, tag).apply
-        tagged = apply(value, dim)
+        apply: Callable[[Tensor, int, int], Tensor] = cast(Any, tag).apply
+        tagged = apply(value, dim, self.copies)
         return replaced(output, value, tagged), tagged
 
     def _check_loss(self, value: Any) -> None:
@@ -224,15 +284,28 @@ class TrunkRun:
             )
         if self.plain is not None and (
             [name for name, _ in self.calls] != [name for name, _ in self.plain.calls]
-            or len(self.block_shapes) != len(self.plain.block_shapes)
+            or len(self.block_calls) != len(self.plain.block_calls)
         ):
             raise MeasureError(
                 "The copied batch did not call the same branches in the same order as the batch itself: "
                 "something random is active, such as layer dropping. Write model.eval()."
             )
 
+    def _check_copies(self) -> None:
+        assert self._dtype is not None
+        tolerance = TOLERANCE[self._dtype]
+        off = float(torch.stack([d.cpu() for d in self._differences]).amax())
+        if not off <= tolerance:
+            raise MeasureError(
+                f"Copies of the same samples gave different values in the forward pass (relative "
+                f"{off:.1e}, allowed {tolerance:.0e}): the samples of a batch influence each other, or "
+                "something random is active. Write model.eval(), and use a model without batch "
+                "statistics, expert capacity limits and random layers."
+            )
+        self.copies_difference = off
+
     def _check_no_way_past_the_end(self, value: Tensor) -> None:
-        """ġ is 0 at the loss only if every path from there to h_0 crosses the trunk's end."""
+        """The copies start from 0 only if every path from the loss to h_0 crosses the trunk's end."""
         assert self._input is not None
         seen: set[Node] = set()
         waiting = [get_gradient_edge(value)[:2]] if value.requires_grad else []
@@ -242,29 +315,28 @@ class TrunkRun:
                 raise MeasureError(
                     f"The loss depends on the input of {self.first_block} past the end of the trunk, "
                     f"the output of {self.blocks[self.calls[-1][0]]}: through an auxiliary loss on an "
-                    "earlier position, a skip around the trunk, or a second forward pass. D along this "
-                    "trunk is then not defined. Write a loss on the trunk's last output alone."
+                    "earlier position, a skip around the trunk, or a second forward pass. The lengths of "
+                    "such paths are not defined. Write a loss on the trunk's last output alone."
                 )
             if node is self._end or node in seen:
                 continue
             seen.add(node)
             waiting += [(n, i) for n, i in node.next_functions if n is not None]
 
-
-def _doubled_dim(where: str, single: torch.Size, doubled: torch.Size) -> int:
-    if len(single) == len(doubled):
-        dims = [i for i, (n, m) in enumerate(zip(single, doubled, strict=True)) if n != m]
-        if len(dims) == 1 and doubled[dims[0]] == 2 * single[dims[0]]:
-            return dims[0]
-    raise MeasureError(
-        f"With the batch copied twice, {where} went from shape {tuple(single)} to {tuple(doubled)}: not "
-        "one dimension doubled, so that the copies cannot be told apart. Is batch_dim= the dimension of "
-        "the samples?"
-    )
+    def _copied_dim(self, where: str, single: torch.Size, copied: torch.Size) -> int:
+        if len(single) == len(copied):
+            dims = [i for i, (n, m) in enumerate(zip(single, copied, strict=True)) if n != m]
+            if len(dims) == 1 and copied[dims[0]] == self.copies * single[dims[0]]:
+                return dims[0]
+        raise MeasureError(
+            f"With {self.copies} copies of the batch, {where} went from shape {tuple(single)} to "
+            f"{tuple(copied)}: not one dimension grew by that factor, so that the copies cannot be told "
+            "apart. Is batch_dim= the dimension of the samples?"
+        )
 
 
 def _half(where: str, dtype: torch.dtype) -> str:
     return (
-        f"{where} is {str(dtype).removeprefix('torch.')}: D is a difference of paths, and is measured in "
-        "float64 or float32. Write model.double(), outside of autocast."
+        f"{where} is {str(dtype).removeprefix('torch.')}: the gradient is divided among paths that "
+        "partly cancel, which takes float64 or float32. Write model.double(), outside of autocast."
     )
