@@ -236,7 +236,9 @@ def test_one_replicate_says_what_it_costs() -> None:
     fit = gradscope.fit_decay(walks(-0.3 * BACK, 1, 0.05)[0])
     assert fit.ok
     assert any("one replicate" in note for note in fit.notes)
-    assert fit.parameters["kappa"].low < 0.3 < fit.parameters["kappa"].high
+    assert fit.parameters["kappa"].estimate == pytest.approx(0.3, abs=0.05)
+    assert math.isnan(fit.parameters["kappa"].low)
+    assert fit.delta.low < -9.6 < fit.delta.high
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -347,3 +349,17 @@ def test_a_short_run_with_a_clear_rate_is_not_called_flat() -> None:
         gradscope.fit_decay(np.exp(np.cumsum(rng.normal(0.7, 0.15, 7)))).family for _ in range(20)
     ]
     assert families.count("flat") <= 2
+
+
+def test_ten_replicates_without_any_spread_are_fitted() -> None:
+    assert gradscope.fit_decay(np.ones((10, 13))).family == "flat"
+
+
+def test_positions_that_are_missing_at_an_end_move_no_origin() -> None:
+    """A power of the distance from the loss stays one where the last depths were not recorded."""
+    values = walks(-0.5 * np.log1p(BACK), 5, 0.003)
+    whole = gradscope.fit_decay(values, families=["power-out"]).parameters["p"]
+    values[:, -3:] = np.nan
+    cut = gradscope.fit_decay(values, families="power-out").parameters["p"]
+    assert whole.estimate == pytest.approx(0.5, abs=0.02)
+    assert cut.estimate == pytest.approx(0.5, abs=0.04)

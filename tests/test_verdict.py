@@ -328,3 +328,33 @@ def test_forward_and_backward_are_separate() -> None:
     assert found["pre_norm", "act_mean_square"].forward
     with pytest.raises(KeyError):
         found["post_norm", "grad_l2"]
+
+
+def test_what_is_no_signal_has_no_verdict() -> None:
+    with pytest.raises(gradscope.GradscopeError, match="'kurtosis' is no signal"):
+        gradscope.verdict(ends([1.0, 1.1]), "kurtosis")
+    with pytest.raises(gradscope.GradscopeError, match="alternate"):
+        gradscope.verdict(ends([1.0, 1.1]), "branch_grad_l2")
+
+
+def test_a_zero_where_the_pass_starts_lets_nothing_be_said() -> None:
+    values = ends([-5.0, -5.1, -4.9])
+    values[:, -1] = 0
+    found = gradscope.verdict(values)
+    assert found.word == "inconclusive"
+    assert "where the pass starts" in str(found)
+
+
+def test_an_array_is_judged_once() -> None:
+    assert [v.quantity for v in gradscope.verdicts({"a": ends([-5.0, -5.1, -4.9])})] == ["grad_l2"]
+    with pytest.raises(ValueError, match="positive number of nats"):
+        gradscope.verdicts({"a": ends([1.0, 1.1])}, threshold=-3)
+
+
+def test_verdicts_from_bounds_can_be_printed() -> None:
+    found = gradscope.verdict(with_zeros(11.0, 4, "float32"))
+    assert found.depth_ratio == math.inf
+    assert "vanishing (underflow)" in str(found)
+    values = np.exp(np.linspace(600, 0, 13))[None].repeat(3, 0)
+    values[:, 0] = np.inf
+    assert "exploding (overflow)" in str(gradscope.verdict(values))

@@ -126,6 +126,8 @@ def end_to_end(curve: Curve, confidence: float = 0.95) -> Change | None:
     """
     from scipy.special import stdtrit
 
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is a coverage between 0 and 1, such as .95; got {confidence}")
     complete = curve.take(curve.complete)
     if len(complete.depth) < 2:
         return None

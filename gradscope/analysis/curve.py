@@ -155,7 +155,11 @@ def as_curve(
     if isinstance(source, Profile):
         if trunk is not None or step is not None:
             raise ValueError("trunk= and step= belong to a Record; a Profile has chosen already")
+        if quantity not in ("grad_l2", source.quantity):
+            raise ValueError(f"this is a Profile of {source.quantity!r}, not of {quantity!r}")
         return _of_profile(source, math.nan)
+    if trunk is not None or step is not None:
+        raise ValueError("trunk= and step= belong to a Record; an array has neither")
     return _of_array(source, quantity)
 
 
@@ -167,6 +171,11 @@ def _with_decay(quantity: str) -> Quantity:
             f"{asked.name} has no decay: {asked.label} may be zero or negative, so it has no "
             "logarithm to fit. Quantities that have one: "
             f"{', '.join(_with_logarithm())}."
+        )
+    if asked.over == "branches":
+        raise QuantityError(
+            f"{asked.name} has no decay over depth: attention and feed-forward branches alternate in it, "
+            "and their offset would pass for a change. Look at gradscope.profile(record, ...).value."
         )
     return asked
 
@@ -180,7 +189,7 @@ def _of_array(values: npt.ArrayLike, quantity: str) -> Curve:
             "this takes a Record, a Profile, or an array of numbers [replicates, positions]; got an "
             f"object of type {type(values).__name__}."
         ) from error
-    if array.ndim != 2 or array.shape[1] < 2:
+    if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
         raise ValueError(f"an array of values is [replicates, positions]; got shape {array.shape}")
     if (array < 0).any():
         raise ValueError("an array of values holds norms, not logarithms: it has negative entries")
@@ -228,7 +237,7 @@ def _of_profile(found: Profile, bound: float) -> Curve:
 def _with_logarithm() -> list[str]:
     from gradscope.analysis.quantities import QUANTITIES
 
-    return sorted(name for name, asked in QUANTITIES.items() if asked.log)
+    return sorted(n for n, asked in QUANTITIES.items() if asked.log and asked.over != "branches")
 
 
 def _zero_bound(record: Record, found: Profile) -> float:
@@ -256,4 +265,7 @@ def _zero_bound(record: Record, found: Profile) -> float:
         width = float(np.nanmax(widths))
     denominator = header.get("loss_denominator")
     scale = 1.0 if denominator is None or found.quantity == "act_mean_square" else float(denominator)
+    if found.quantity == "act_mean_square":
+        # The square of a float64 leaves its range before the amplitude does.
+        smallest = max(smallest, math.sqrt(SMALLEST["float64"][0]))
     return math.log(smallest) + 0.5 * math.log(width) + math.log(scale)

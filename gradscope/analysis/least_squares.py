@@ -251,6 +251,8 @@ def shrunk_covariance(z: Floats, gaps: Floats, ratio: float) -> Floats:
     centred = z - z.mean(0)
     sample = centred.T @ centred / (replicates - 1)
     target = noise_covariance(gaps, ratio)
+    if np.trace(sample) == 0:
+        return target  # replicates without any spread: the walk's covariance, up to its scale
     target = target * (np.trace(sample) / np.trace(target))
     products = np.einsum("ri,rj->rij", centred, centred)
     variance = float(np.sum(np.var(products, axis=0, ddof=1))) * replicates / (replicates - 1) ** 2

@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from gradscope.analysis.change import Change, end_to_end
 from gradscope.analysis.curve import Curve, Source, as_curve
-from gradscope.analysis.profile import Interval
+from gradscope.analysis.profile import Interval, Profile
 from gradscope.analysis.verdict import THRESHOLD
 from gradscope.errors import QuantityError
+from gradscope.record import Record
 
 __all__ = ["LAWS", "DepthLimit", "Prediction", "depth_limit", "predict"]
 
@@ -158,12 +159,13 @@ def predict(
         QuantityError: fewer than two depths, one replicate only, or an end value that is 0 or absent.
         ValueError: a depth that is not positive.
     """
-    if not depth > 0:
+    if not 0 < depth < math.inf:
         raise ValueError(f"depth= is a positive number of blocks; got {depth}")
+    _check_confidence(confidence)
     growth = _growth(sources, quantity, trunk, step)
     return Prediction(
         depth=float(depth),
-        quantity=quantity,
+        quantity=growth.quantity,
         measured=tuple(growth.depths.tolist()),
         expected=growth.interval_at(float(depth), confidence, single=False),
         single=growth.interval_at(float(depth), confidence, single=True),
@@ -200,6 +202,9 @@ def depth_limit(
     Raises:
         QuantityError: as `predict`.
     """
+    _check_confidence(confidence)
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold= is a positive number of nats; got {threshold}")
     growth = _growth(sources, quantity, trunk, step)
     farthest = _FARTHEST * float(growth.depths[-1])
     grid = np.unique(np.round(np.geomspace(1, farthest, 400)))
@@ -230,6 +235,11 @@ def depth_limit(
     )
 
 
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is a coverage between 0 and 1, such as .95; got {confidence}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Line:
     """One law, fitted: centre and standard error of the mean at any depth."""
@@ -255,6 +265,8 @@ class _Growth:
     """Δ over depths, all laws fitted.
 
     Attributes:
+        quantity: the quantity's name.
+        kind: what a replicate is.
         depths: [K] ascending.
         lines: law → its line.
         weights: law → its weight.
@@ -262,6 +274,8 @@ class _Growth:
         spread: function depth → standard deviation of Δ over replicates.
     """
 
+    quantity: str
+    kind: str
     depths: Floats
     lines: Mapping[str, _Line]
     weights: Mapping[str, float]
@@ -324,10 +338,13 @@ class _Growth:
 
     def notes(self, depth: float) -> tuple[str, ...]:
         """How far this is from what was measured."""
+        notes: list[str] = []
+        if self.kind != "initialisation":
+            notes.append(f"replicates are of the kind {self.kind!r}: about these models, no architecture")
         if self.depths[0] <= depth <= self.depths[-1]:
-            return ()
+            return tuple(notes)
         far = depth / self.depths[-1] if depth > self.depths[-1] else self.depths[0] / depth
-        notes = [f"extrapolated by a factor of {far:.2g} in depth"]
+        notes.append(f"extrapolated by a factor of {far:.2g} in depth")
         if len(self.depths) < 3:
             notes.append("two depths cannot tell laws with ends apart: measure a third")
         return tuple(notes)
@@ -336,7 +353,15 @@ class _Growth:
 def _growth(
     sources: Iterable[Source], quantity: str, trunk: str | None, step: int | Sequence[int] | None
 ) -> _Growth:
+    if isinstance(sources, Record | Profile):
+        raise TypeError("this takes several measurements, at two or more depths: predict([a, b, c], 48)")
     curves = [as_curve(source, quantity, trunk=trunk, step=step) for source in sources]
+    for what, values in (
+        ("quantities", {curve.quantity for curve in curves}),
+        ("kinds of replicate", {curve.kind for curve in curves}),
+    ):
+        if len(values) > 1:
+            raise QuantityError(f"measurements of different {what} together: {', '.join(sorted(values))}")
     changes = [_change(curve) for curve in curves]
     pooled: dict[float, list[Floats]] = {}
     for curve, change in zip(curves, changes, strict=True):
@@ -360,7 +385,7 @@ def _growth(
             "a prediction needs two or more replicates at every depth, to know the spread over "
             "initialisations: measure(..., replicates=5)."
         )
-    return _fitted(depths, delta)
+    return _fitted(depths, delta, curves[0].quantity, curves[0].kind)
 
 
 def _change(curve: Curve) -> Change:
@@ -374,7 +399,7 @@ def _change(curve: Curve) -> Change:
     return change
 
 
-def _fitted(depths: Floats, delta: Sequence[Floats]) -> _Growth:
+def _fitted(depths: Floats, delta: Sequence[Floats], quantity: str, kind: str) -> _Growth:
     counts = np.asarray([len(d) for d in delta], dtype=np.float64)
     means = np.asarray([d.mean() for d in delta])
     squares = np.asarray([float(np.sum((d - d.mean()) ** 2)) for d in delta])
@@ -404,12 +429,15 @@ def _fitted(depths: Floats, delta: Sequence[Floats]) -> _Growth:
     # are errors of the laws: all uncertainties grow by as much (Birge's ratio), and weights flatten.
     rooms = {name: len(depths) - line.coefficients.size for name, line in lines.items()}
     ratios = [misfit[name] / rooms[name] for name in lines if rooms[name] > 0]
-    inflation = max(1.0, min(ratios)) if ratios else 1.0
+    exact = any(room == 0 for room in rooms.values())
+    inflation = max(1.0, min(ratios)) if ratios and not exact else 1.0
     scores = {n: misfit[n] / inflation + (bic[n] - misfit[n]) for n in lines}
     best = min(scores.values())
     shares = {name: math.exp(-(score - best) / 2) for name, score in scores.items()}
     total = sum(shares.values())
     return _Growth(
+        quantity=quantity,
+        kind=kind,
         depths=depths,
         lines={
             name: _Line(

@@ -12,7 +12,7 @@ import numpy as np
 from gradscope.analysis.change import Change, DepthScale, end_to_end
 from gradscope.analysis.curve import MINIMUM_LAYERS, Curve, Source, as_curve
 from gradscope.analysis.decay import DecayFit, fit_curve
-from gradscope.analysis.profile import Interval
+from gradscope.analysis.profile import Interval, Profile, interval
 from gradscope.errors import QuantityError
 from gradscope.record import Record
 
@@ -84,7 +84,7 @@ class Verdict:
     @property
     def depth_ratio(self) -> float:
         """L/(6ξ̂) = |Δ|/3: above 1, the trunk is deeper than a signal passes in trainable nets."""
-        return self.length / (6 * self.depth_scale.estimate)
+        return abs(self.delta.estimate) / 3
 
     @property
     def claim(self) -> str:
@@ -207,8 +207,7 @@ def verdict(
         QuantityError: the quantity has no logarithm, or the Record cannot give it.
         ValueError: a threshold that is not positive, or a confidence outside (0, 1).
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold= is a positive number of nats; got {threshold}")
+    _check(threshold)
     curve = as_curve(source, quantity, trunk=trunk, step=step)
     return _judged(curve, "", threshold, confidence)
 
@@ -244,13 +243,15 @@ def verdicts(
             "verdicts() takes a mapping name → Record, such as {'pre': pre, 'post': post}; got an object "
             f"of type {type(sources).__name__}. One alone: gradscope.verdict(record)."
         )
+    _check(threshold)
     asked = (quantities,) if isinstance(quantities, str) else tuple(quantities)
-    raw = [
-        _judged(curve, name, threshold, confidence)
-        for quantity in asked
-        for name, source in sources.items()
-        for curve in _curves(source, quantity)
-    ]
+    raw: list[Verdict] = []
+    for i, quantity in enumerate(asked):
+        for name, source in sources.items():
+            if i > 0 and not isinstance(source, Record):
+                continue  # a Profile or an array is one quantity already
+            asked_of = source.quantity if isinstance(source, Profile) else quantity
+            raw += [_judged(c, name, threshold, confidence) for c in _curves(source, asked_of)]
     order = sorted(range(len(raw)), key=lambda i: raw[i].p_value)
     judged = list(raw)
     highest, level = 0.0, (1 - confidence) / 2
@@ -270,6 +271,11 @@ def verdicts(
     return Verdicts(items=tuple(judged))
 
 
+def _check(threshold: float) -> None:
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"threshold= is a positive number of nats; got {threshold}")
+
+
 def _curves(source: Source, quantity: str) -> list[Curve]:
     """One for each trunk that has values; an error where none has."""
     if not isinstance(source, Record) or len(source.trunks) < 2:
@@ -286,7 +292,16 @@ def _curves(source: Source, quantity: str) -> list[Curve]:
     return found
 
 
+#: What a verdict can be about: amplitudes of a signal that a pass carries from one end to the other.
+_SIGNALS: Final = ("grad_l2", "grad_rms", "act_mean_square", "act_var", "act_variance", "param_grad")
+
+
 def _judged(curve: Curve, model: str, threshold: float, confidence: float) -> Verdict:
+    if curve.quantity not in _SIGNALS:
+        raise QuantityError(
+            f"{curve.quantity!r} is no signal that vanishes or explodes; a verdict is about one of "
+            f"{', '.join(_SIGNALS)}. For its shape over depth: gradscope.fit_decay."
+        )
     bounded = _not_finite(curve, confidence) or _by_bound(curve, threshold, confidence)
     change = end_to_end(curve, confidence)
     if bounded is not None:
@@ -427,6 +442,15 @@ def _by_bound(
     start, end = curve.y[:, first], curve.y[:, last]
     length = float(curve.distance[last] - curve.distance[first])
     places = f"depth {curve.depth[last]:g}"
+    if np.isneginf(start).any():
+        reason = (
+            f"Exactly 0 at depth {curve.depth[first]:g}, where the pass starts: there is nothing to "
+            "follow (zero by construction, or nothing reaches the loss)."
+        )
+        nothing = Interval(
+            estimate=math.nan, low=math.nan, high=math.nan, confidence=confidence, count=len(start)
+        )
+        return "inconclusive", "", reason, nothing, length, 1.0
     if not np.isfinite(start).all() or np.isfinite(end).all():
         return None
     nothing = Interval(
@@ -448,7 +472,9 @@ def _by_bound(
         )
         return "inconclusive", "", reason, nothing, length, 1.0
     bound = np.where(np.isneginf(end), curve.zero_bound, end) - start
-    highest = float(np.max(bound))
+    # One replicate bounds itself; several are judged as always, each by its bound.
+    found = interval(bound, confidence)
+    highest = found.high if len(bound) > 1 else float(bound[0])
     delta = replace(nothing, estimate=-math.inf, low=-math.inf, high=highest)
     if highest >= -threshold:
         reason = (

@@ -87,7 +87,8 @@ def _off(limits: Limits, found: History) -> Iterator[Finding | NotChecked]:
     steps = sorted(set(found.steps[usable].tolist()))[-int(limits["steps"]) :]
     rows = usable[np.isin(found.steps[usable], steps)]
     r = y[rows, :-1] - y[rows, 1:]  # [rows, blocks], block l + 1 between depth l and l + 1
-    inside = found.depth[:-1] >= 1
+    # Only neighbours: over a gap the factor is that of several blocks.
+    inside = (found.depth[:-1] >= 1) & (np.diff(found.depth) == 1)
     present = np.flatnonzero(inside & ~np.isnan(r).all(0)) if len(rows) else np.empty(0, np.int64)
     if len(present) < limits["layers"]:
         yield limits.not_checked(

@@ -92,10 +92,13 @@ def _non_finite(
     site, elements = grid.sites[column], float(grid.value[row, column])
     absmax = view.grid(signal, "absmax")
     largest = absmax.value[row, absmax.sites.index(site)] if site in absmax.sites else math.nan
-    # A −∞ that a softmax turns into 0 breaks nothing; a NaN anywhere, or a broken loss, does.
+    # A −∞ that a softmax turns into 0 breaks nothing; a NaN anywhere, or a broken loss, does. Finite
+    # gradients are the evidence: where none was measured, nothing is known to be contained.
+    gradients = [grids[s] for s in ("output_grad", "param_grad") if s in grids]
     contained = (
         signal == "activation"
         and math.isinf(largest)
+        and any(g.ok[row].any() for g in gradients)
         and not (after.keys() - {"activation"})
         and not np.isinf(view.loss[row])
         and grid.value[row, -1] == 0
@@ -125,7 +128,7 @@ def _non_finite(
             "at once."
         ),
         cause=(
-            "Additive masks hold −∞ on purpose; the loss and all gradients are finite."
+            "Additive masks hold −∞ on purpose; all gradients that were measured are finite."
             if contained
             else {
                 "activation": "An overflow, a division by zero, a log or root of a number ≤ 0 in this "
