@@ -970,3 +970,24 @@ def test_scope_diagnose_and_the_text() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert max(map(len, tree.splitlines())) <= 80
     assert repr(diagnosis).startswith("<Diagnosis of Chain")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_infinity_is_harmless_only_where_finite_gradients_prove_it(gradients: bool) -> None:
+    builder = Builder()
+    for depth in range(1, 6):
+        bad = float(depth == 2)
+        values = {
+            "l2": math.inf if bad else 1.0,
+            "absmax": math.inf if bad else 1.0,
+            "nonfinite": bad,
+            "count": 8.0,
+        }
+        builder.module(depth, f"h.{depth - 1}", "activation", values)
+        if gradients:
+            builder.module(
+                depth, f"h.{depth - 1}", "output_grad", {"l2": 1.0, "nonfinite": 0.0, "count": 8.0}
+            )
+    record = Record({"replicates": "run"}, (builder.step(),))
+    (found,) = diagnose(record).of("non_finite")
+    assert found.severity == ("note" if gradients else "critical")
