@@ -162,13 +162,13 @@ class PathSpectrum:
         # Against what all lengths sum to in floating point, so that share=1 can be reached.
         wanted = share * math.fsum(energy)
         n = self.branches
-        for size in range(1, n + 2):
-            held, low = max((math.fsum(energy[low : low + size]), -low) for low in range(n + 2 - size))
-            if held >= wanted:
-                break
-        else:  # pragma: no cover - the widest range holds everything
-            raise AssertionError(f"{energy} holds no share of {share}")
-        low, high = -low, -low + size - 1
+        best = (
+            (size, max((math.fsum(energy[low : low + size]), -low) for low in range(n + 2 - size)))
+            for size in range(1, n + 2)
+        )
+        # The widest range holds everything, so there is one.
+        size, (held, start) = next((size, found) for size, found in best if found[0] >= wanted)
+        low, high = -start, -start + size - 1
         paths = sum(math.comb(n, k) for k in range(low, high + 1))
         return CarryingRange(low=low, high=high, energy_share=held, path_share=paths / 2**n)
 
