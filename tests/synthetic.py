@@ -52,9 +52,12 @@ class Builder:
 
 def moments(x: np.ndarray) -> dict[str, float]:
     """The stored statistics of one tensor [tokens, features], each by its definition."""
-    unit = x / np.abs(x).max() if (x != 0).any() else np.full_like(x, np.nan)
+    largest = float(np.abs(x).max())
+    unit = x / largest if largest else np.full_like(x, np.nan)
     return {
-        "l2": float(np.sqrt((x**2).sum())),
+        # Squares of the smallest numbers are 0.
+        "l2": float(np.sqrt((x**2).sum()))
+        or (largest * float(np.sqrt((unit**2).sum())) if largest else 0.0),
         "count": float(x.size),
         "tokens": float(x.shape[0]),
         "mean": float(x.mean()),

@@ -126,10 +126,10 @@ def test_the_deviance_is_that_of_a_multivariate_gaussian() -> None:
 
 def test_a_rates_interval_is_students_over_the_replicates_own_rates() -> None:
     """Without measurement noise the rate of a replicate is its mean increment."""
-    values = walks(-0.4 * BACK, 5, 0.05, seed=2)
+    values = walks(-0.4 * BACK, 4, 0.05, seed=2)
     fit = gradscope.fit_decay(values, families=["exponential"])
     own = np.log(values[:, -1] / values[:, 0]) / 32
-    low, high = stats.t.interval(0.95, 4, own.mean(), stats.sem(own))
+    low, high = stats.t.interval(0.95, 3, own.mean(), stats.sem(own))
     found = fit.parameters["kappa"]
     if fit.noise.measurement == 0 and (fit.huber == 1).all():
         assert (found.estimate, found.low, found.high) == pytest.approx((own.mean(), low, high))

@@ -182,3 +182,8 @@ def test_autocast_to_bfloat16() -> None:
         assert_equal(
             value(scope.record, name, "activation"), outputs[name].detach().double().norm().item(), 1e-5
         )
+    assert scope.record.header["autocast_dtype"] == "bfloat16"
+    with gradscope.watch(model) as again:
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert again.record.header["autocast_dtype"] is None

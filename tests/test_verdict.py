@@ -125,6 +125,88 @@ def test_few_layers_are_inconclusive_with_the_reason() -> None:
     assert found.reason.startswith("Not enough layers: 2 have a value")
 
 
+# -- five replicates and more ------------------------------------------------------------------------
+
+
+def moderated(z: np.ndarray) -> tuple[float, float]:
+    """The interval of Δ written out: replicates' variance, moderated by 2 degrees of the increments'."""
+    replicates, layers = z.shape
+    change = z.sum(1)
+    centred = z - z.mean(0)
+    line = centred - centred.sum(1, keepdims=True) / layers
+    total = sum(
+        float(line[:, i] @ line[:, j]) for i in range(layers) for j in range(layers) if abs(i - j) <= 1
+    ) / (replicates - 1)
+    expected = total * layers**2 / ((layers - 1) * (layers - 2))
+    own = change.var(ddof=1)
+    variance = (2 * expected + (replicates - 1) * own) / (replicates + 1)
+    half = stats.t.ppf(0.975, replicates + 1) * math.sqrt(variance / replicates)
+    return change.mean() - half, change.mean() + half
+
+
+@pytest.mark.parametrize("replicates", [5, 8])
+def test_increments_moderate_the_spread_of_five_replicates_and_more(replicates: int) -> None:
+    z = np.random.default_rng(0).normal(0.0, 0.2, (replicates, 24))
+    y = np.concatenate([np.zeros((replicates, 1)), np.cumsum(z, axis=1)], axis=1)
+    found = gradscope.verdict(np.exp(y[:, ::-1]))
+    assert (found.delta.low, found.delta.high) == pytest.approx(moderated(z))
+    less = gradscope.verdict(np.exp(y[:4, ::-1]))
+    student = stats.t.interval(0.95, 3, z[:4].sum(1).mean(), stats.sem(z[:4].sum(1)))
+    assert (less.delta.low, less.delta.high) == pytest.approx(student)
+
+
+def test_replicates_that_differ_as_a_whole_are_judged_by_their_own_spread() -> None:
+    """Increments that all rise or fall together: their own variance would say far too little."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(0.0, 0.02, (5, 24)) + np.asarray([-0.2, -0.1, 0.0, 0.1, 0.2])[:, None]
+    y = np.concatenate([np.zeros((5, 1)), np.cumsum(z, axis=1)], axis=1)
+    found = gradscope.verdict(np.exp(y[:, ::-1]))
+    student = stats.t.interval(0.95, 4, z.sum(1).mean(), stats.sem(z.sum(1)))
+    assert (found.delta.low, found.delta.high) == pytest.approx(student)
+
+
+def test_one_layer_with_all_the_variance_leaves_students_interval() -> None:
+    """What a single increment varies by is known no better from the increments than from the ends."""
+    rng = np.random.default_rng(1)
+    z = rng.normal(0.0, 0.01, (5, 24))
+    z[:, 0] = rng.normal(0.0, 1.0, 5)
+    y = np.concatenate([np.zeros((5, 1)), np.cumsum(z, axis=1)], axis=1)
+    found = gradscope.verdict(np.exp(y[:, ::-1]))
+    student = stats.t.interval(0.95, 4, z.sum(1).mean(), stats.sem(z.sum(1)))
+    assert (found.delta.low, found.delta.high) == pytest.approx(student)
+
+
+def test_an_activation_whose_square_leaves_float64_is_judged_by_its_amplitude() -> None:
+    rng = np.random.default_rng(0)
+    steps = tuple(
+        stream_step(
+            [rng.normal(size=(4, 8)) for _ in range(9)],
+            [rng.normal(size=(4, 8)) * 10.0 ** (-25 * d) for d in range(9)],
+            replicate=r,
+        )
+        for r in range(3)
+    )
+    found = gradscope.verdict(Record({"replicates": "initialisation"}, steps), "act_mean_square")
+    assert found.word == "vanishing"
+    assert found.delta.estimate == pytest.approx(-200 * math.log(10), abs=2)
+    assert not found.curve.dropped()
+
+
+def test_replicates_with_unequal_steps_are_averaged_and_it_is_said() -> None:
+    rng = np.random.default_rng(0)
+    entries = [(0, 0), (0, 1), (1, 0)]
+    steps = tuple(
+        stream_step([rng.normal(size=(4, 8)) for _ in range(9)], step=s, replicate=r) for s, r in entries
+    )
+    record = Record({"replicates": "initialisation"}, steps)
+    fit = gradscope.fit_decay(record, step=[0, 1])
+    assert any("replicates have 1 to 2 of these steps" in note for note in fit.notes)
+    assert not any("of these steps" in note for note in gradscope.fit_decay(record, step=0).notes)
+    for wrong in ("0", 0.0, True, [0, None]):
+        with pytest.raises(TypeError, match="step= is a step's number, or several"):
+            gradscope.verdict(record, step=wrong)
+
+
 # -- zeros and infinities ----------------------------------------------------------------------------
 
 
@@ -158,6 +240,15 @@ def test_a_flushed_denormal_hides_more() -> None:
     kept = gradscope.verdict(with_zeros(11.0, 4, "float32")).delta.high
     flushed = gradscope.verdict(with_zeros(11.0, 4, "float32", flush_denormal=True)).delta.high
     assert flushed - kept == pytest.approx(23 * math.log(2))
+
+
+def test_autocast_hides_what_float16_hides_although_outputs_are_float32() -> None:
+    """A block that casts back to float32 may have lost its gradient at float16's floor, 2^-24."""
+    plain = gradscope.verdict(with_zeros(0.0, 4, "float32")).delta.high
+    hidden = gradscope.verdict(with_zeros(0.0, 4, "float32", autocast_dtype="float16")).delta.high
+    assert hidden - plain == pytest.approx((149 - 24) * math.log(2))
+    inside = with_zeros(0.0, 4, "float16", activation_dtype="float32")
+    assert gradscope.verdict(inside).delta.high == pytest.approx(hidden)
 
 
 def test_a_layer_that_passes_nothing_on_is_cut_and_no_underflow() -> None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.analysis.dtypes import SMALLEST, dtypes_of
+from gradscope.analysis.dtypes import SMALLEST, dtypes_inside
 from gradscope.analysis.profile import Profile, profile
 from gradscope.analysis.quantities import Quantity, find_quantity
 from gradscope.analysis.trunk import Trunk
@@ -29,6 +29,9 @@ Source = Record | Profile | npt.ArrayLike
 
 #: Below so many layers a curve has no shape to speak of.
 MINIMUM_LAYERS: Final = 4
+
+#: Energies whose amplitude is a quantity of its own.
+_AMPLITUDES: Final = {"act_mean_square": "act_rms"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -150,14 +153,18 @@ def as_curve(
         ValueError: an array of another shape, or with negative values.
     """
     if isinstance(source, Record):
-        found = profile(source, quantity, trunk=trunk, step=step)
-        return _of_profile(found, _zero_bound(source, found))
+        asked = _with_decay(quantity)
+        # The square of an amplitude leaves the range of float64 before the amplitude does.
+        amplitude = _AMPLITUDES.get(quantity, quantity)
+        found = profile(source, amplitude, trunk=trunk, step=step)
+        power = asked.power if amplitude == quantity else 1
+        return _of_profile(replace(found, quantity=quantity), _zero_bound(source, found), power)
     if isinstance(source, Profile):
         if trunk is not None or step is not None:
             raise ValueError("trunk= and step= belong to a Record; a Profile has chosen already")
         if quantity not in ("grad_l2", source.quantity):
             raise ValueError(f"this is a Profile of {source.quantity!r}, not of {quantity!r}")
-        return _of_profile(source, math.nan)
+        return _of_profile(source, math.nan, _with_decay(source.quantity).power)
     if trunk is not None or step is not None:
         raise ValueError("trunk= and step= belong to a Record; an array has neither")
     return _of_array(source, quantity)
@@ -211,12 +218,20 @@ def _of_array(values: npt.ArrayLike, quantity: str) -> Curve:
     )
 
 
-def _of_profile(found: Profile, bound: float) -> Curve:
+def _of_profile(found: Profile, bound: float, power: int) -> Curve:
     asked = _with_decay(found.quantity)
     order = slice(None) if asked.forward else slice(None, None, -1)
     with np.errstate(all="ignore"):
-        rows = np.where(found.ok, np.log(found.value), np.nan)[:, order] / asked.power
+        rows = np.where(found.ok, np.log(found.value), np.nan)[:, order] / power
     numbers = list(dict.fromkeys(found.replicates.tolist()))
+    entries = sorted({int((found.replicates == r).sum()) for r in numbers})
+    notes = found.notes
+    if len(entries) > 1:
+        notes = (
+            *notes,
+            f"replicates have {entries[0]} to {entries[-1]} of these steps: each is averaged over its "
+            "own, and counts once",
+        )
     absent = ~found.ok[:, order]
     with np.errstate(all="ignore"):
         y = np.stack([rows[found.replicates == r].mean(0) for r in numbers])
@@ -230,7 +245,7 @@ def _of_profile(found: Profile, bound: float) -> Curve:
         y=y,
         absent=np.stack([absent[found.replicates == r].any(0) for r in numbers]),
         zero_bound=np.full(len(y), bound),
-        notes=found.notes,
+        notes=notes,
     )
 
 
@@ -244,13 +259,14 @@ def _zero_bound(record: Record, found: Profile) -> float:
     """Logarithm of what an exact zero may hide at most: every element below the dtype's floor.
 
     A tensor that has become 0 element by element had elements smaller than the smallest number of
-    its dtype; its flow is then at most N·√d times that. Known for the flow and the mean square on the
-    stream; NaN for other quantities, or where the header does not tell the dtype.
+    its dtype; its flow is then at most N·√d times that. The coarsest dtype that may have been passed
+    through counts. Known for the flow and the mean square on the stream; NaN for other quantities, or
+    where the header does not tell the dtype.
     """
     header: dict[str, Any] = dict(record.header)
-    names = dtypes_of(header)
+    names = dtypes_inside(header)
     known = bool(names) and all(name in SMALLEST for name in names)
-    if found.quantity not in ("grad_l2", "grad_rms", "act_mean_square") or not known:
+    if found.quantity not in ("grad_l2", "grad_rms", "act_rms") or not known:
         return math.nan
     normal = bool(header.get("flush_denormal"))
     smallest = max(SMALLEST[name][1 if normal else 0] for name in names)
@@ -264,8 +280,5 @@ def _zero_bound(record: Record, found: Profile) -> float:
             return math.nan
         width = float(np.nanmax(widths))
     denominator = header.get("loss_denominator")
-    scale = 1.0 if denominator is None or found.quantity == "act_mean_square" else float(denominator)
-    if found.quantity == "act_mean_square":
-        # The square of a float64 leaves its range before the amplitude does.
-        smallest = max(smallest, math.sqrt(SMALLEST["float64"][0]))
+    scale = 1.0 if denominator is None or found.quantity == "act_rms" else float(denominator)
     return math.log(smallest) + 0.5 * math.log(width) + math.log(scale)

@@ -299,7 +299,13 @@ def profile(
 def _chosen_steps(full: History, step: int | Sequence[int] | None, notes: list[str]) -> list[int]:
     recorded = sorted(set(full.steps.tolist()))
     if step is not None:
-        steps = [int(s) for s in step] if isinstance(step, Sequence) else [int(step)]
+        given = list(step) if isinstance(step, Sequence | np.ndarray) else [step]
+        if not all(isinstance(s, int | np.integer) and not isinstance(s, bool) for s in given):
+            raise TypeError(
+                f"step= is a step's number, or several: step=10, step=[0, 10]; got {step!r}. None takes "
+                "the last step that has the quantity."
+            )
+        steps = [int(s) for s in given]
         unknown = sorted(set(steps) - set(recorded))
         if unknown or not steps:
             raise QuantityError(

@@ -334,6 +334,21 @@ def act_mean_square(trunk: Trunk) -> Values:
 
 
 @quantity(
+    label="activation root mean square",
+    unit="activation",
+    source="√(E h²): Poole et al. 2016, arXiv:1606.05340",
+    forward=True,
+)
+def act_rms(trunk: Trunk) -> Values:
+    """‖h_l‖/√count, the root of `act_mean_square`, whose square it outranges."""
+    return combine(
+        lambda x, n: x / np.sqrt(n),
+        trunk.at_stream("activation", "l2"),
+        trunk.at_stream("activation", "count"),
+    )
+
+
+@quantity(
     label="activation variance over all elements",
     unit="activation²",
     source="Glorot & Bengio 2010",

@@ -24,6 +24,7 @@ import numpy.typing as npt
 __all__ = [
     "NOISE_RATIOS",
     "Noise",
+    "independent_variance",
     "long_run_variance",
     "noise_covariance",
     "noise_ratio",
@@ -125,3 +126,39 @@ def long_run_variance(z: Sequence[float] | Floats) -> float:
         (1 - k / (lags + 1)) * float(x[k:] @ x[:-k]) / (n - 1) for k in range(1, lags + 1)
     )
     return n * max(total, independent)
+
+
+def independent_variance(z: Floats, gaps: Floats) -> tuple[float, float]:
+    """Variance over replicates of the sum of increments, if all but neighbouring ones are uncorrelated.
+
+    Σ_i S_ii + 2 Σ_i S_i,i+1, S the covariance over replicates of the increments, each replicate's own
+    line taken out first (so that the estimate is independent of the replicates' spread of Δ) and what
+    this takes away given back. Neighbours are counted because noise that does not accumulate makes them
+    cancel: increments of a walk seen through noise are correlated with their neighbours and no others.
+
+    Args:
+        z: [R, n] increments.
+        gaps: [n] their lengths in layers.
+
+    Returns:
+        The variance, which is NaN or below 0 where noise hides it, and its degrees of freedom
+        (Satterthwaite 1946, Biometrics Bulletin 2:110): few where one increment has most of the variance.
+    """
+    replicates, n = z.shape
+    length = float(gaps.sum())
+    room = length - float(gaps @ gaps + 2 * gaps[1:] @ gaps[:-1]) / length
+    if n < 3 or replicates < 2 or room <= 0:
+        return math.nan, 0.0
+    centred = z - z.mean(0)
+    residual = centred - centred.sum(1, keepdims=True) * gaps / length
+    own = np.sum(residual**2, axis=0) / (replicates - 1)  # [n]
+    neighbours = np.sum(residual[:, 1:] * residual[:, :-1], axis=0) / (replicates - 1)  # [n − 1]
+    total = float(own.sum() + 2 * neighbours.sum())
+    scales = np.sqrt(own)
+    across = float(scales[1:] @ scales[:-1])
+    correlation = float(neighbours.sum()) / across if across > 0 else 0.0
+    band = np.eye(n) + correlation * (np.eye(n, k=1) + np.eye(n, k=-1))
+    weighted = (np.eye(n) + np.eye(n, k=1) + np.eye(n, k=-1)) @ (band * np.outer(scales, scales))
+    square = float(np.sum(weighted * weighted.T))
+    degrees = (replicates - 1) * total * total / square if square > 0 else 0.0
+    return total * length / room, degrees

@@ -455,7 +455,7 @@ class Recorder:
                 self.index += 1
             self._drop_step()
         if step is not None:
-            self._storage.note_dtypes(self._sampler.dtypes)
+            self._storage.note_dtypes(self._sampler.dtypes, self._sampler.autocast_dtypes)
             self._storage.add(step)
 
     def _drop_step(self) -> None:

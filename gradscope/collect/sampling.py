@@ -69,6 +69,8 @@ class Sampler:
         self.verified: dict[int, bool] = {}
         #: Every dtype that an activation came in: under autocast not the parameters'.
         self.dtypes: set[torch.dtype] = set()
+        #: What an active autocast computes in: inside a module whose output is float32, too.
+        self.autocast_dtypes: set[torch.dtype] = set()
         block = {(x.trunk, x.block): s for s, x in enumerate(layers) if x.is_block}
         self._block_of_branch = {
             s: block.get((x.trunk, x.block)) for s, x in enumerate(layers) if x.branch is not None
@@ -186,6 +188,8 @@ class Sampler:
             stream=state is not None,
         )
         self.dtypes.add(tensor.dtype)
+        if torch.is_autocast_enabled(tensor.device.type):
+            self.autocast_dtypes.add(torch.get_autocast_dtype(tensor.device.type))
         slot = Slot(site, values, absent, stream=state is not None, trunk=state, owner=p)
         if tensor.requires_grad:
             self._hook(tensor, slot)

@@ -55,6 +55,7 @@ def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})) or None,
         # Seen in the forward pass: autocast makes it another one.
         "activation_dtype": None,
+        "autocast_dtype": None,
         "device": ", ".join(sorted({p.device.type for p in parameters})) or None,
         "parallelism": "single process" if refusal() is None else "several processes",
         "seeds": {"torch": torch.initial_seed()},

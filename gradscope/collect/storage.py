@@ -75,13 +75,14 @@ class Storage:
         if self.writer is not None:
             self.writer.amend({"loss_denominator": self.header["loss_denominator"]})
 
-    def note_dtypes(self, dtypes: Iterable[torch.dtype]) -> None:
-        """Put the dtypes that activations came in into the header; under autocast not the parameters'."""
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or None
-        if names != self.header["activation_dtype"]:
-            self.header["activation_dtype"] = names
-            if self.writer is not None:
-                self.writer.amend({"activation_dtype": names})
+    def note_dtypes(self, dtypes: Iterable[torch.dtype], autocast: Iterable[torch.dtype]) -> None:
+        """Put the dtypes that activations came in, and those of autocast, into the header."""
+        for key, seen in (("activation_dtype", dtypes), ("autocast_dtype", autocast)):
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in seen)) or None
+            if names != self.header[key]:
+                self.header[key] = names
+                if self.writer is not None:
+                    self.writer.amend({key: names})
 
     def record(self, open_step: Step | None) -> Record:
         """The Record so far, with the step that is under way where there is one."""
