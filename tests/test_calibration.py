@@ -62,10 +62,10 @@ def test_flat_profiles_are_preserved() -> None:
 
 
 def test_correlated_increments_keep_the_error_below_its_bound() -> None:
-    """3.6 % of each side at the worst, where Var Δ is four times that of independent increments."""
+    """3.9 % of each side at the worst, where Var Δ is four times that of independent increments."""
     for name in ("correlation .05 between all", "one layer 20 times as variable"):
         share = calibration.false_share(calibration.OTHER_WALKS[name], 48, 5, 1000, 17)
-        assert share <= allowed(0.036, 1000), name
+        assert share <= allowed(0.039, 1000), name
 
 
 def test_the_common_rules_are_wrong_where_the_verdict_is_not() -> None:

@@ -140,7 +140,7 @@ def moderated(z: np.ndarray) -> tuple[float, float]:
     expected = total * layers**2 / ((layers - 1) * (layers - 2))
     own = change.var(ddof=1)
     variance = (2 * expected + (replicates - 1) * own) / (replicates + 1)
-    half = stats.t.ppf(0.975, replicates + 1) * math.sqrt(variance / replicates)
+    half = stats.t.ppf(0.975, replicates + 2) * math.sqrt(variance / replicates)
     return change.mean() - half, change.mean() + half
 
 

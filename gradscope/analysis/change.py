@@ -23,7 +23,12 @@ _LEAST_TO_MODERATE: Final = 5
 
 #: What the increments' variance counts for, in degrees of freedom. More gives shorter intervals where
 #: increments are independent, and more errors where they are not (see `_moderated`).
-_PRIOR_DEGREES: Final = 2.0
+_PRIOR_WEIGHT: Final = 2.0
+
+#: What it adds to the degrees of freedom of t: between the 2 of a prior that is as uncertain as it weighs
+#: (Smyth) and the 5 that Satterthwaite's formula gives one that is exact, so that intervals of five
+#: replicates cover 96 %.
+_PRIOR_DEGREES: Final = 3.0
 
 #: Replicates that differ by more than independent increments would in so many of 100 cases are taken to
 #: say that increments are correlated: then their own spread alone counts.
@@ -90,7 +95,7 @@ class Change:
         per_replicate: [R] the same of each replicate.
         length: layers between the two ends.
         error: standard error of Δ.
-        degrees: degrees of freedom of its t distribution: R − 1, and 2 more where the increments
+        degrees: degrees of freedom of its t distribution: R − 1, and 3 more where the increments
             moderate the replicates' spread.
         ends: depth of the start and of the end of the pass.
     """
@@ -177,14 +182,14 @@ def _moderated(z: Floats, gaps: Floats, spread: float) -> tuple[float, float]:
     """Variance of Δ over replicates, and its degrees of freedom.
 
     Five replicates know their spread s² badly (ν = 4), while their increments, a random walk, say what
-    it is if they are independent: s_0². Together they give the moderated variance, with t of ν + 2
+    it is if they are independent: s_0². Together they give the moderated variance, with t of ν + 3
     degrees of freedom (Smyth 2004, Statistical Applications in Genetics and Molecular Biology 3:3),
 
         s̃² = (2 s_0² + ν s²)/(2 + ν),
 
     unless s²/s_0² is so large (F test at 2 %) that increments are correlated over depth; then s² alone,
-    and Student's t. With five replicates the error of one side, nominal 2.5 %, is 1.6 % for independent
-    increments and at most 3.6 % for any correlation that all increments of a replicate share (the worst:
+    and Student's t. With five replicates the error of one side, nominal 2.5 %, is 1.9 % for independent
+    increments and at most 3.9 % for any correlation that all increments of a replicate share (the worst:
     one that makes Var Δ four times as large).
     """
     from scipy.special import fdtri
@@ -197,5 +202,5 @@ def _moderated(z: Floats, gaps: Floats, spread: float) -> tuple[float, float]:
         return spread, degrees  # the increments know it no better
     if spread > expected * float(fdtri(degrees, known, 1 - _TOO_WIDE)):
         return spread, degrees
-    total = degrees + _PRIOR_DEGREES
-    return (_PRIOR_DEGREES * expected + degrees * spread) / total, total
+    variance = (_PRIOR_WEIGHT * expected + degrees * spread) / (_PRIOR_WEIGHT + degrees)
+    return variance, degrees + _PRIOR_DEGREES

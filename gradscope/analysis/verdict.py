@@ -175,7 +175,7 @@ def verdict(
     (½ ln of the mean square). Δ = ln of its amplitude at the end of the pass over that at its start, per
     replicate, with Student's t interval over replicates. From five replicates on, their increments, a
     random walk over depth, moderate the variance (Smyth 2004): the error of one side, 2.5 % at .95, is
-    then 1.6 % where increments are independent and at most 3.6 % whatever correlation they share. With
+    then 1.9 % where increments are independent and at most 3.9 % whatever correlation they share. With
     one replicate the interval is that of the sum of its increments with their long-run variance.
 
     The word: ``vanishing`` if the interval lies below −3 nats, ``exploding`` above 3, ``preserved``
