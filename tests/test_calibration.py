@@ -23,8 +23,8 @@ def some(replicates: int) -> list[Cell]:
 
 def false_rates(settings: list[Cell], simulations: int, seed: int) -> dict[str, list[float]]:
     """Per setting: how often the boundary (true Δ = ∓3) is called the wrong side of it."""
-    down = [rates(calibration.by_gradscope, cell, -NULL, simulations, seed) for cell in settings]
-    up = [rates(calibration.by_gradscope, cell, NULL, simulations, seed + 1) for cell in settings]
+    down = [rates("gradscope", cell, -NULL, simulations, seed) for cell in settings]
+    up = [rates("gradscope", cell, NULL, simulations, seed + 1) for cell in settings]
     assert all(d.exploding == 0 and u.vanishing == 0 for d, u in zip(down, up, strict=True))
     return {
         "vanishing": [d.vanishing for d in down],
@@ -44,7 +44,7 @@ def test_false_verdicts_on_the_boundary_stay_below_their_rate(replicates: int) -
 @pytest.mark.parametrize("replicates", [3, 5])
 def test_intervals_cover_at_their_rate(replicates: int) -> None:
     for cell in some(replicates):
-        found = rates(calibration.by_gradscope, cell, -NULL, SIMULATIONS, 13)
+        found = rates("gradscope", cell, -NULL, SIMULATIONS, 13)
         assert abs(found.covered - 0.95) <= 0.02 + 2 * (0.95 * 0.05 / SIMULATIONS) ** 0.5, cell
 
 
@@ -56,7 +56,7 @@ def test_flat_profiles_are_preserved() -> None:
         Cell(48, 5, 0.2, 0.1),
         Cell(12, 3, 0.06, 0.0),
     ):
-        found = rates(calibration.by_gradscope, cell, 0.0, 400, 14)
+        found = rates("gradscope", cell, 0.0, 400, 14)
         assert found.preserved >= 0.95 - 2 * (0.95 * 0.05 / 400) ** 0.5, cell
         assert found.vanishing == found.exploding == 0
 
@@ -64,28 +64,26 @@ def test_flat_profiles_are_preserved() -> None:
 def test_correlated_increments_keep_the_error_below_its_bound() -> None:
     """3.9 % of each side at the worst, where Var Δ is four times that of independent increments."""
     for name in ("correlation .05 between all", "one layer 20 times as variable"):
-        share = calibration.false_share(calibration.OTHER_WALKS[name], 48, 5, 1000, 17)
+        share = calibration.false_share(name, 48, 5, 1000, 17)
         assert share <= allowed(0.039, 1000), name
 
 
 def test_the_common_rules_are_wrong_where_the_verdict_is_not() -> None:
     """On the boundary the ratio of endpoints is a coin; a fitted line sees a slope in a flat walk."""
     cell = Cell(24, 5, 0.06, 0.0)
-    assert rates(calibration.by_endpoints, cell, -NULL, 200, 15).vanishing > 0.4
-    assert rates(calibration.by_least_squares, cell, -NULL, 200, 15).vanishing > 0.2
-    flat = rates(calibration.by_least_squares, cell, 0.0, 200, 16)
+    assert rates("endpoint ratio", cell, -NULL, 200, 15).vanishing > 0.4
+    assert rates("least squares", cell, -NULL, 200, 15).vanishing > 0.2
+    flat = rates("least squares", cell, 0.0, 200, 16)
     assert flat.drift > 0.5
-    assert rates(calibration.by_gradscope, cell, 0.0, 200, 16).drift < 0.1
+    assert rates("gradscope", cell, 0.0, 200, 16).drift < 0.1
 
 
 @pytest.mark.parametrize("curve", calibration.CURVES)
 def test_the_family_is_found_at_least_as_often_as_by_the_textbook(curve: str) -> None:
     fits = 40
     cell = Cell(24, 5, 0.06, 0.0)
-    ours = calibration.family_rates(calibration.family_by_gradscope, curve, cell, fits, 17)[curve]
-    textbook = calibration.family_rates(
-        lambda v: calibration.family_by_textbook(v, walk=True), curve, cell, fits, 17
-    )[curve]
+    ours = calibration.family_rates("gradscope", curve, cell, fits, 17)[curve]
+    textbook = calibration.family_rates("GLS, BIC", curve, cell, fits, 17)[curve]
     assert ours >= 0.75 * fits
     assert ours >= textbook - 3
 
@@ -102,12 +100,12 @@ def test_every_setting_at_four_thousand_simulations(replicates: int) -> None:
         assert max(shares) <= rate + 3 * (rate * (1 - rate) / size) ** 0.5, shares
     if replicates == 5:
         for cell in settings:
-            kept = rates(calibration.by_gradscope, cell, 0.0, size, 22).preserved
+            kept = rates("gradscope", cell, 0.0, size, 22).preserved
             assert kept >= 0.95 - 2 * (0.95 * 0.05 / size) ** 0.5, cell
     if replicates > 1:
         for cell in settings:
             for delta in (-NULL, NULL):
-                covered = rates(calibration.by_gradscope, cell, delta, size, 23).covered
+                covered = rates("gradscope", cell, delta, size, 23).covered
                 assert 0.93 <= covered <= 0.97, (cell, delta, covered)
 
 

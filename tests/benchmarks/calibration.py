@@ -1,6 +1,6 @@
 """How often the verdict is wrong, how often it is silent, how often the intervals cover: by simulation.
 
-    python tests/benchmarks/calibration.py [--simulations 4000] [--fits 300] [--out FILE]
+    python tests/benchmarks/calibration.py [--simulations 4000] [--fits 300] [--workers N] [--out FILE]
 
 Profiles are simulated whose truth is known: a mean curve plus a random walk over depth (sd per layer
 .06 or .2) plus measurement noise (sd 0 or .1), the nulls on the boundary of the rule (true Δ = ∓3), where
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,13 +124,13 @@ class Rates:
     drift: float
 
 
-def rates(judge: Judge, cell: Cell, delta: float, simulations: int, seed: int) -> Rates:
-    """Judge profiles whose true change is Δ."""
+def rates(judge: str, cell: Cell, delta: float, simulations: int, seed: int) -> Rates:
+    """Judge profiles whose true change is Δ by the rule of that name."""
     rng = np.random.default_rng([seed, cell.layers, cell.replicates, int(1000 * cell.walk)])
     words: Counter[str] = Counter()
     covered = drift = 0
     for values in profiles(slope(cell, delta), cell, simulations, rng):
-        word, low, high = judge(values)
+        word, low, high = JUDGES[judge](values)
         words[word] += 1
         covered += low <= delta <= high
         drift += not low <= 0 <= high
@@ -200,8 +203,9 @@ OTHER_WALKS: dict[str, Draw] = {
 }
 
 
-def false_share(draw: Draw, layers: int, replicates: int, simulations: int, seed: int) -> float:
+def false_share(increments: str, layers: int, replicates: int, simulations: int, seed: int) -> float:
     """How often Δ = −3 is called vanishing or preserved, the larger of both, walk sd .1."""
+    draw = OTHER_WALKS[increments]
     rng = np.random.default_rng([seed, layers, replicates])
     mean = slope(Cell(layers, replicates, 0.1, 0.0), -THRESHOLD)
     words: Counter[str] = Counter()
@@ -277,10 +281,17 @@ def family_by_textbook(values: np.ndarray, *, walk: bool) -> str:
     return chosen
 
 
-def family_rates(
-    choose: Callable[[np.ndarray], str], curve: str, cell: Cell, fits: int, seed: int
-) -> Counter[str]:
-    """How often each family is chosen for profiles of one."""
+#: Ways to a family, by name.
+CHOOSERS: dict[str, Callable[[np.ndarray], str]] = {
+    "gradscope": family_by_gradscope,
+    "GLS, BIC": lambda v: family_by_textbook(v, walk=True),
+    "OLS, AICc": lambda v: family_by_textbook(v, walk=False),
+}
+
+
+def family_rates(chooser: str, curve: str, cell: Cell, fits: int, seed: int) -> Counter[str]:
+    """How often each family is chosen, by the way of that name, for profiles of one."""
+    choose = CHOOSERS[chooser]
     rng = np.random.default_rng([seed, cell.layers, cell.replicates, int(1000 * cell.noise)])
     mean = CURVES[curve](np.arange(cell.layers + 1.0))
     return Counter(choose(values) for values in profiles(mean, cell, fits, rng))
@@ -311,7 +322,62 @@ def _worst(found: list[Rates], name: str, worst: Callable[[list[float]], float] 
     return _percent(worst([float(getattr(rate, name)) for rate in found]))
 
 
-def report(simulations: int, fits: int, progress: Callable[[str], None]) -> list[str]:
+@dataclass(frozen=True)
+class Job:
+    """One call of `rates`, `false_share` or `family_rates`: its function's name and arguments."""
+
+    function: str
+    arguments: tuple[Any, ...]
+
+    def run(self) -> Any:
+        """What the call returns."""
+        functions = {"rates": rates, "false_share": false_share, "family_rates": family_rates}
+        return functions[self.function](*self.arguments)
+
+
+def _run(job: Job) -> Any:
+    return job.run()
+
+
+class Plan:
+    """Notes every job that a report asks for; asked again with the results, it gives them."""
+
+    def __init__(self, results: Mapping[Job, Any] | None = None) -> None:
+        self.results = results
+        self.jobs: list[Job] = []
+
+    def rates(self, judge: str, cell: Cell, delta: float, simulations: int, seed: int) -> Rates:
+        """`rates`, or zeros while planning."""
+        found = self._ask("rates", judge, cell, delta, simulations, seed)
+        return found if isinstance(found, Rates) else Rates(0, 0, 0, 0, 0, 0)
+
+    def false_share(self, name: str, layers: int, replicates: int, simulations: int, seed: int) -> float:
+        """`false_share`, or 0 while planning."""
+        found = self._ask("false_share", name, layers, replicates, simulations, seed)
+        return found if isinstance(found, float) else 0.0
+
+    def family_rates(self, name: str, curve: str, cell: Cell, fits: int, seed: int) -> Counter[str]:
+        """`family_rates`, or none while planning."""
+        found = self._ask("family_rates", name, curve, cell, fits, seed)
+        return found if isinstance(found, Counter) else Counter()
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        job = Job(function, arguments)
+        self.jobs.append(job)
+        return None if self.results is None else self.results[job]
+
+
+def simulated(jobs: list[Job], workers: int, progress: Callable[[str], None]) -> dict[Job, Any]:
+    """The results of the jobs, several at a time."""
+    found: dict[Job, Any] = {}
+    with ProcessPoolExecutor(workers) as pool:
+        for job, result in zip(jobs, pool.map(_run, jobs), strict=True):
+            found[job] = result
+            progress(f"{len(found)} of {len(jobs)}: {job.function} {job.arguments}")
+    return found
+
+
+def report(simulations: int, fits: int, plan: Plan) -> list[str]:
     """The lines of the Markdown table."""
     lines = [
         "# Calibration of the verdict",
@@ -334,12 +400,11 @@ def report(simulations: int, fits: int, progress: Callable[[str], None]) -> list
     ]
     summary: list[list[str]] = []
     details: list[list[str]] = []
-    for name, judge in JUDGES.items():
+    for name in JUDGES:
         for replicates in (1, 3, 5):
-            progress(f"{name}, {replicates} replicates")
-            down = [rates(judge, c, -THRESHOLD, simulations, 1) for c in cells(replicates)]
-            up = [rates(judge, c, THRESHOLD, simulations, 2) for c in cells(replicates)]
-            flat = [rates(judge, c, 0.0, simulations, 3) for c in cells(replicates)]
+            down = [plan.rates(name, c, -THRESHOLD, simulations, 1) for c in cells(replicates)]
+            up = [plan.rates(name, c, THRESHOLD, simulations, 2) for c in cells(replicates)]
+            flat = [plan.rates(name, c, 0.0, simulations, 3) for c in cells(replicates)]
             false = [max(d.vanishing, u.exploding) for d, u in zip(down, up, strict=True)]
             kept = [f.preserved for f in flat]
             both = [*down, *up]
@@ -392,13 +457,12 @@ def report(simulations: int, fits: int, progress: Callable[[str], None]) -> list
     ]
     lines += ["`inconclusive`; the mean over the twelve settings, five replicates (three).", ""]
     power: list[list[str]] = []
-    for name, judge in JUDGES.items():
+    for name in JUDGES:
         row = [name]
         for delta in (3.5, 4.0, 5.0, 6.0):
-            progress(f"{name}, power at Δ = −{delta:g}")
             entries: list[str] = []
             for replicates in (5, 3):
-                found = [rates(judge, c, -delta, simulations // 4, 4) for c in cells(replicates)]
+                found = [plan.rates(name, c, -delta, simulations // 4, 4) for c in cells(replicates)]
                 mean = [
                     sum(getattr(r, w) for r in found) / len(found) for w in ("vanishing", "inconclusive")
                 ]
@@ -415,10 +479,9 @@ def report(simulations: int, fits: int, progress: Callable[[str], None]) -> list
         "",
     ]
     rows: list[list[str]] = []
-    for name, draw in OTHER_WALKS.items():
-        progress(f"increments: {name}")
+    for name in OTHER_WALKS:
         shares = [
-            false_share(draw, layers, replicates, simulations, 6)
+            plan.false_share(name, layers, replicates, simulations, 6)
             for layers in LAYERS
             for replicates in (3, 5, 10)
         ]
@@ -435,25 +498,21 @@ def report(simulations: int, fits: int, progress: Callable[[str], None]) -> list
         "",
     ]
     rows = []
-    choosers: dict[str, Callable[[np.ndarray], str]] = {
-        "gradscope": family_by_gradscope,
-        "GLS, BIC": lambda v: family_by_textbook(v, walk=True),
-        "OLS, AICc": lambda v: family_by_textbook(v, walk=False),
-    }
     for curve in CURVES:
         for replicates in (1, 5):
             for layers in LAYERS:
-                progress(f"families: {curve}, {layers} layers, {replicates} replicates")
                 row = [f"{curve}, {layers} layers, {replicates} replicate{'s' * (replicates > 1)}"]
-                for choose in choosers.values():
+                for name in CHOOSERS:
                     shares = [
-                        family_rates(choose, curve, Cell(layers, replicates, 0.06, noise), fits, 5)[curve]
+                        plan.family_rates(name, curve, Cell(layers, replicates, 0.06, noise), fits, 5)[
+                            curve
+                        ]
                         / fits
                         for noise in NOISES
                     ]
                     row.append(" / ".join(f"{100 * share:.0f}" for share in shares))
                 rows.append(row)
-    lines += _table(["truth", *choosers], rows)
+    lines += _table(["truth", *CHOOSERS], rows)
     lines += ["## Every setting of the verdict", ""]
     lines += _table(
         [
@@ -476,11 +535,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--simulations", type=int, default=4000, help="profiles per setting (4000)")
     parser.add_argument("--fits", type=int, default=300, help="profiles per entry of the families (300)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)"
+    )
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     arguments = parser.parse_args()
-    lines = report(
-        arguments.simulations, arguments.fits, lambda text: print(text, file=sys.stderr, flush=True)
+    plan = Plan()
+    report(arguments.simulations, arguments.fits, plan)
+    results = simulated(
+        plan.jobs, arguments.workers, lambda text: print(text, file=sys.stderr, flush=True)
     )
+    lines = report(arguments.simulations, arguments.fits, Plan(results))
     text = "\n".join(lines).rstrip() + "\n"
     print(text)
     if arguments.out:
