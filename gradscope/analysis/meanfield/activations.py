@@ -19,10 +19,12 @@ __all__ = ["ACTIVATIONS", "Activation", "find_activation", "leaky_relu"]
 Floats = npt.NDArray[np.float64]
 Function = Callable[[Floats], Floats]
 
-#: Far enough for an activation that has an asymptotic slope to have reached it.
-_FAR: Final = 1e8
-#: Beside 0, where φ′ may jump.
-_BESIDE_ZERO: Final = 1e-150
+#: Where φ′ is looked at for its limit far out, and beside 0, where it may jump; uneven, so that an
+#: oscillation is seen.
+_FAR: Final = (1e8, 1.3e11, 2.9e14, 1.7e19, 1e24)
+_BESIDE_ZERO: Final = (1e-75, 1.3e-90, 2.9e-110, 1.7e-130, 1e-150)
+#: Slopes this close to each other have reached their limit.
+_CONSTANT: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,15 +48,35 @@ class Activation:
     scale_free: bool = False
 
     def slopes(self, *, far: bool) -> tuple[float, float]:
-        """φ′ on the negative and the positive side: far out, or beside 0."""
-        at = _FAR if far else _BESIDE_ZERO
-        negative, positive = self.dphi(np.asarray([-at, at])).tolist()
-        return negative, positive
+        """Limit of φ′ on the negative and the positive side: far out, or beside 0.
+
+        ±∞ where φ′ grows without bound (x³ far out), 0 where it falls without bound, NaN where neither
+        it nor anything else can be told from where it was looked at (an oscillation, a logarithm's
+        logarithm).
+        """
+        at = np.asarray(_FAR if far else _BESIDE_ZERO)
+        with np.errstate(all="ignore"):
+            return _limit(self.dphi(-at)), _limit(self.dphi(at))
 
     def mean_square_slope(self, *, far: bool) -> float:
         """½[φ′(−)² + φ′(+)²] beside 0 (the limit of E φ′(√q z)² as q → 0) or far out (as q → ∞)."""
         negative, positive = self.slopes(far=far)
+        if math.isinf(negative) or math.isinf(positive):
+            return math.inf
         return 0.5 * (negative**2 + positive**2)
+
+
+def _limit(slopes: Floats) -> float:
+    """What five values on the way to a limit tell of it."""
+    size = np.abs(slopes)
+    if np.isnan(size).any():
+        return math.nan
+    first, last = float(size[0]), float(size[-1])
+    if np.isfinite(slopes).all() and np.ptp(slopes) <= _CONSTANT * first:
+        return float(slopes[-1])
+    if (size[1:] >= size[:-1]).all() and last >= 2 * first:
+        return math.copysign(math.inf, float(slopes[-1]))
+    return 0.0 if (size[1:] <= size[:-1]).all() and last <= first / 2 else math.nan
 
 
 def leaky_relu(slope: float) -> Activation:

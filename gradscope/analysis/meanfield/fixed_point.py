@@ -2,6 +2,9 @@
 
 The length map is followed from a start q_0, because GELU, SiLU and others may have several fixed points:
 a root is solved for only between two values that the iteration cannot leave.
+
+An activation that grows faster than linearly (ReLU², x³) has at most a resting place for short lengths:
+from a start beyond it, q and with it χ grow without bound, and no factor per layer describes that.
 """
 
 from __future__ import annotations
@@ -12,15 +15,19 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from gradscope.analysis.meanfield.activations import Activation
 from gradscope.analysis.meanfield.gaussian import (
     gaussian_mean,
     mean_of_conditional_variance,
     mean_of_product,
+    square_in_range,
 )
 
 __all__ = ["CRITICAL_TOLERANCE", "RandomLayer", "fixed_correlation", "fixed_length", "log_root"]
+
+Floats = npt.NDArray[np.float64]
 
 #: |χ₁ − 1| up to which a net is called critical: more than quadrature and root finding leave open, and
 #: a depth scale of 1e9 layers.
@@ -32,6 +39,8 @@ _SMALLEST: Final = 1e-12
 _LARGEST: Final = 1e12
 #: What the slopes are known to, with room for the quadrature.
 _SLOPE_TOLERANCE: Final = 1e-11
+#: What a larger |φ| is taken for where φ² would overflow: E φ² is then at least what comes out.
+_LARGEST_VALUE: Final = 1e150
 #: Smallest 1 − c* that is looked for.
 _CLOSEST: Final = 1e-12
 
@@ -69,8 +78,23 @@ class RandomLayer:
         """The length map, σ_w² E φ(√q z)² + σ_b² (Poole et al. 2016, arXiv:1606.05340)."""
         return self.weight_variance * self.mean_square(q) + self.bias_variance
 
+    def least_length(self, q: float) -> float:
+        """The length map, or where φ² leaves float64 a lower bound of it, which is astronomical."""
+        phi, kinks = self.activation.phi, self.activation.kinks
+        if self.activation.scale_free or square_in_range(phi, q):
+            return self.length(q)
+
+        def clipped(h: Floats) -> Floats:
+            with np.errstate(over="ignore"):
+                return np.minimum(np.abs(phi(h)), _LARGEST_VALUE) ** 2
+
+        return self.weight_variance * gaussian_mean(clipped, q, kinks) + self.bias_variance
+
     def chi(self, q: float) -> float:
-        """χ = σ_w² E φ′(√q z)²: factor of ‖δ‖² across a layer of length q; q may be 0 or ∞."""
+        """χ = σ_w² E φ′(√q z)²: factor of ‖δ‖² across a layer of length q; q may be 0 or ∞.
+
+        ∞ where φ′ grows without bound; NaN at 0 or ∞ where its limit is not known.
+        """
         dphi, kinks = self.activation.dphi, self.activation.kinks
         if self.activation.scale_free or q == 0:
             return self.weight_variance * self.activation.mean_square_slope(far=False)
@@ -138,7 +162,7 @@ def fixed_length(layer: RandomLayer, start: float) -> tuple[float, str]:
         """Whether below q the map is q times a factor ≤ 1, to rounding: then only 0 is left to go to."""
         return factor <= 1 + _SLOPE_TOLERANCE and abs(image / q - factor) <= _SLOPE_TOLERANCE
 
-    q, image = start, layer.length(start)
+    q, image = start, layer.least_length(start)
     upward = image > q
     while True:
         if linear_to_zero(q, image):
@@ -154,7 +178,7 @@ def fixed_length(layer: RandomLayer, start: float) -> tuple[float, str]:
         # The map grows with q, so that following it jumps over no fixed point; the step may.
         if following == 0:
             return 0.0, ""
-        image = layer.length(following)
+        image = layer.least_length(following)
         if image != following and (image > following) != upward:
             return _stable(layer, *sorted((q, following)))
         q = following
@@ -177,6 +201,9 @@ def _scale_free_length(layer: RandomLayer) -> tuple[float, str]:
 
 def _unbounded(layer: RandomLayer) -> tuple[float, str]:
     factor = layer.chi(math.inf)
+    if factor == math.inf:
+        name = layer.activation.name
+        return math.inf, f"{name} grows faster than linearly: from this start q grows without bound"
     if factor > 1 + _SLOPE_TOLERANCE:
         return math.inf, f"q grows without bound, in the end by the factor {factor:.6g} per layer"
     return math.nan, f"no fixed point of q was found below {_LARGEST:g}"
@@ -242,6 +269,11 @@ def _decorrelated(layer: RandomLayer, q: float) -> bool:
 def _scale_free_correlation(layer: RandomLayer, q: float) -> tuple[float, float, str]:
     """The correlation map where q → 0 or ∞, or where every q is fixed: that of φ's two slopes."""
     negative, positive = layer.activation.slopes(far=q == math.inf)
+    if not (math.isfinite(negative) and math.isfinite(positive)):
+        return math.nan, math.nan, "there is no length q* to correlate at"
+    if negative == positive == 0:
+        why = "φ is flat at its limit: what correlations do there depends on how it gets there"
+        return math.nan, math.nan, why
     if negative == positive:
         return (
             math.nan,

@@ -19,7 +19,13 @@ import numpy.typing as npt
 
 from gradscope.errors import QuantityError
 
-__all__ = ["gaussian_mean", "integral", "mean_of_conditional_variance", "mean_of_product"]
+__all__ = [
+    "gaussian_mean",
+    "integral",
+    "mean_of_conditional_variance",
+    "mean_of_product",
+    "square_in_range",
+]
 
 Floats = npt.NDArray[np.float64]
 Function = Callable[[Floats], Floats]
@@ -173,6 +179,13 @@ def gaussian_mean(function: Function, q: float, kinks: Sequence[float] = ()) -> 
             return _finite(function(width * z), width * z) * _density(z)
 
     return float(_integrate(f, _edges(np.zeros(1), width, kinks, _RANGE), _TOLERANCE)[0])
+
+
+def square_in_range(function: Function, q: float) -> bool:
+    """Whether f(√q z)² is a finite float64 at both ends of what `gaussian_mean` integrates over."""
+    with np.errstate(all="ignore"):
+        ends = function(np.sqrt(q) * np.asarray([-_RANGE, _RANGE])) ** 2
+    return bool(np.isfinite(ends).all())
 
 
 def _conditional(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from gradscope.analysis.curve import Curve, Source, as_curve
 from gradscope.analysis.meanfield.activations import Activation, Function, find_activation
+from gradscope.analysis.meanfield.gaussian import square_in_range
 from gradscope.analysis.meanfield.theory import MeanField
 from gradscope.errors import QuantityError
 
@@ -119,7 +120,8 @@ def theory_profile(
             for W φ(h) + b.
 
     Raises:
-        QuantityError: no ``input_mean_square``, and q* is not one that all layers can be at.
+        QuantityError: no ``input_mean_square``, and q* is not one that all layers can be at; or lengths
+            that leave float64 on the way (an activation that grows faster than linearly).
     """
     if depth < 1:
         raise ValueError(f"depth is a number of blocks, ≥ 1; got {depth}")
@@ -138,9 +140,16 @@ def theory_profile(
         for k in range(depth):
             if block == "activation last":
                 lengths[k] = layer.weight_variance * squares[k] + layer.bias_variance
-                squares[k + 1] = layer.mean_square(float(lengths[k]))
             else:
                 lengths[k] = squares[k]
+            if not square_in_range(layer.activation.phi, float(lengths[k])):
+                raise QuantityError(
+                    f"the expected activations leave float64 in block {k}, at a length of "
+                    f"q = {lengths[k]:.3g}: {layer.activation.name} grows too fast for this depth."
+                )
+            if block == "activation last":
+                squares[k + 1] = layer.mean_square(float(lengths[k]))
+            else:
                 squares[k + 1] = layer.length(float(lengths[k]))
         with np.errstate(divide="ignore"):
             increments = 0.5 * np.log([layer.chi(q) for q in lengths.tolist()])

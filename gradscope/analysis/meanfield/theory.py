@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -19,6 +20,7 @@ from gradscope.analysis.meanfield.fixed_point import (
     fixed_length,
     log_root,
 )
+from gradscope.analysis.meanfield.gaussian import square_in_range
 from gradscope.errors import QuantityError
 
 __all__ = ["MeanField", "critical_line", "critical_weight_variance", "mean_field"]
@@ -43,7 +45,7 @@ class MeanField:
         bias_variance: σ_b².
         q_star: the length q = E h² at which layers come to rest. 0 and ∞ are limits; NaN: see `reasons`.
         chi_1: χ₁ = σ_w² E φ′(√q* z)²: the factor of ‖δ‖² per layer, and the slope of the correlation
-            map at c = 1.
+            map at c = 1. ∞ where q* is and φ grows faster than linearly.
         chi_q: slope of the length map at q*.
         c_star: the correlation that two inputs come to have: the correlation map's stable fixed point.
         chi_c: slope of the correlation map at c*.
@@ -143,6 +145,8 @@ def mean_field(
     known = not math.isnan(q) or layer.activation.scale_free
     chi_1 = layer.chi(q) if known else math.nan
     chi_q = layer.length_slope(q) if known else math.nan
+    if known and math.isnan(chi_1):
+        known, why = False, why or "the slope of φ has no known limit at q*"
     c, chi_c, why_no_correlation = fixed_correlation(layer, q, chi_1)
     reasons: dict[str, str] = {}
     if why:
@@ -152,6 +156,13 @@ def mean_field(
             ("chi_1", "chi_q", "increment", "gradient_depth_scale_layers", "length_depth_scale_layers"),
             why,
         )
+    elif chi_1 == math.inf:
+        reasons |= dict.fromkeys(
+            ("chi_1", "chi_q", "increment"),
+            "φ′ grows with q: gradients grow faster than by any factor per layer",
+        )
+    elif chi_1 == 0:
+        reasons["increment"] = "χ₁ = 0: gradients fall faster than by any factor per layer"
     elif abs(chi_1 - 1) <= CRITICAL_TOLERANCE:
         reasons["gradient_depth_scale_layers"] = "critical: no exponential change"
     if known and abs(abs(chi_q) - 1) <= CRITICAL_TOLERANCE:
@@ -181,11 +192,13 @@ def mean_field(
 
 
 def _depth_scale(factor: float) -> float:
-    """1/|ln|factor||: ∞ for ±1, 0 for 0."""
+    """1/|ln|factor||: ∞ for ±1, 0 for 0 and ∞."""
     size = abs(factor)
+    if math.isnan(size):
+        return math.nan
     if abs(size - 1) <= CRITICAL_TOLERANCE:
         return math.inf
-    return 1.0 / abs(math.log(size)) if size > 0 else (0.0 if size == 0 else math.nan)
+    return 1.0 / abs(math.log(size)) if 0 < size < math.inf else 0.0
 
 
 def _phase(chi_1: float) -> Phase:
@@ -208,8 +221,8 @@ def critical_weight_variance(
 
     Raises:
         QuantityError: there is no such σ_w²: no length q has χ₁ = 1 at this σ_b² (softplus), its fixed
-            point is not stable, so that no net comes to rest there (GELU and SiLU at small σ_b²), or
-            there are several.
+            point is not stable, so that no net comes to rest there (GELU and SiLU at small σ_b²,
+            whatever grows faster than linearly), or there are several.
     """
     if not (math.isfinite(bias_variance) and bias_variance >= 0):
         raise ValueError(f"bias_variance is a variance, finite and ≥ 0; got {bias_variance}")
@@ -231,7 +244,7 @@ def critical_weight_variance(
         elif points:
             why = f"the fixed point q* = {points[0]:.4g} that has it is not stable"
         else:
-            why = f"no q* between {_LENGTHS[0]:g} and {_LENGTHS[-1]:g} has it"
+            why = f"no q* was found to have it, between {_LENGTHS[0]:g} and {_LENGTHS[-1]:g}"
         raise _no_critical_point(found, bias_variance, why)
     return 1.0 / unit.chi(stable[0])
 
@@ -244,13 +257,17 @@ def _critical_lengths(unit: RandomLayer, bias_variance: float) -> list[float]:
         # Where the slope underflows, no σ_w² is finite: E φ²/E φ′² has grown without bound.
         return (q - unit.mean_square(q) / slope - bias_variance) if slope > 0 else -math.inf
 
-    grid = _LENGTHS.tolist()
+    both = (unit.activation.phi, unit.activation.dphi)
+    # Where a square leaves float64, nothing can be computed any more.
+    grid = list(takewhile(lambda q: all(square_in_range(f, q) for f in both), _LENGTHS.tolist()))
     values = np.asarray([excess(q) for q in grid])
     changes = np.flatnonzero((values[:-1] < 0) != (values[1:] < 0))
     return [log_root(excess, grid[i], grid[i + 1]) for i in changes]
 
 
 def _no_critical_point(activation: Activation, bias_variance: float, why: str) -> QuantityError:
+    if activation.mean_square_slope(far=True) == math.inf:
+        why += f"; {activation.name} grows faster than linearly, and so does χ with q"
     return QuantityError(
         f"{activation.name} has no critical σ_w² (χ₁ = 1) at σ_b² = {bias_variance:g}: {why}. Look at "
         "mean_field(activation, weight_variance, bias_variance) over weight variances."
