@@ -189,8 +189,8 @@ def _moderated(z: Floats, gaps: Floats, spread: float) -> tuple[float, float]:
 
     unless s²/s_0² is so large (F test at 2 %) that increments are correlated over depth; then s² alone,
     and Student's t. With five replicates the error of one side, nominal 2.5 %, is 1.9 % for independent
-    increments and at most 3.9 % for any correlation that all increments of a replicate share (the worst:
-    one that makes Var Δ four times as large).
+    increments and about 4 % for the worst correlation that all increments of a replicate share (one that
+    makes Var Δ four times as large).
     """
     from scipy.special import fdtri
 
