@@ -38,6 +38,10 @@ Ask how much of the depth the gradient really sees::
     gradscope.effective_depth(model, batch, loss)
     gradscope.path_spectrum(model, batch, loss)    # how much of it came along paths of which length
 
+Ask whether any of it can be trusted on your model and machine::
+
+    print(gradscope.doctor(model, batch, loss))    # every value against plain autograd
+
 `gradscope.reference` holds small residual transformers with every placement of skip and norm. The
 command ``gradscope study`` measures and trains them and writes the pictures; ``gradscope show FILE``
 prints a Record's layers.
@@ -53,7 +57,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from gradscope import reference as reference
-    from gradscope.analysis import Profile as Profile
     from gradscope.analysis import depth_limit as depth_limit
     from gradscope.analysis import diagnose as diagnose
     from gradscope.analysis import fit_decay as fit_decay
@@ -64,7 +67,7 @@ if TYPE_CHECKING:
     from gradscope.analysis import verdicts as verdicts
     from gradscope.errors import GradscopeError as GradscopeError
     from gradscope.errors import GradscopeWarning as GradscopeWarning
-    from gradscope.experiment.effective_depth import EffectiveDepth as EffectiveDepth
+    from gradscope.experiment.doctor import doctor as doctor
     from gradscope.experiment.effective_depth import effective_depth as effective_depth
     from gradscope.experiment.measure import measure as measure
     from gradscope.experiment.paths import path_spectrum as path_spectrum
@@ -76,14 +79,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "EffectiveDepth",
     "GradscopeError",
     "GradscopeWarning",
-    "Profile",
     "Record",
     "Scope",
     "depth_limit",
     "diagnose",
+    "doctor",
     "effective_depth",
     "fit_decay",
     "meanfield",
@@ -101,14 +103,13 @@ __all__ = [
 # Where each public name lives: "module:attribute", or a module. Loaded at first use, so that
 # `import gradscope` costs nothing and a Record can be read and drawn where torch is not installed.
 _HOME: Final = {
-    "EffectiveDepth": "gradscope.experiment.effective_depth:EffectiveDepth",
     "GradscopeError": "gradscope.errors:GradscopeError",
     "GradscopeWarning": "gradscope.errors:GradscopeWarning",
-    "Profile": "gradscope.analysis:Profile",
     "Record": "gradscope.record:Record",
     "Scope": "gradscope.scope:Scope",
     "depth_limit": "gradscope.analysis:depth_limit",
     "diagnose": "gradscope.analysis:diagnose",
+    "doctor": "gradscope.experiment.doctor:doctor",
     "effective_depth": "gradscope.experiment.effective_depth:effective_depth",
     "fit_decay": "gradscope.analysis:fit_decay",
     "meanfield": "gradscope.analysis.meanfield",

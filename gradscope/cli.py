@@ -1,7 +1,7 @@
-"""The command line: ``gradscope study``, ``show``, ``diagnose`` and ``--version``.
+"""The command line: ``gradscope study``, ``show``, ``diagnose``, ``doctor`` and ``--version``.
 
-Exit codes: 0 done, or healthy; 1 ``diagnose`` found a fault; 2 wrong usage or input that cannot be
-used; 130 interrupted by Ctrl-C. Heavy imports wait until a command needs them, so that
+Exit codes: 0 done, or healthy; 1 ``diagnose`` or ``doctor`` found a fault; 2 wrong usage or input that
+cannot be used; 130 interrupted by Ctrl-C. Heavy imports wait until a command needs them, so that
 ``gradscope --help`` answers at once.
 """
 
@@ -55,6 +55,24 @@ _DIAGNOSE = """\
 Say what is wrong in a Record, where, since when, why, and what to do: every health rule, and the
 verdict on the gradient and the activation over depth. Exit code 0 where nothing is worse than a
 note, 1 where something is.
+"""
+
+_DOCTOR = """\
+Check gradscope itself on your model, batch and machine: every recorded value against autograd's own
+on an unwatched copy; losses and parameters with and without the watch, bit for bit; that closing it
+restores every hook; that nothing is retained; peak memory; overhead. Exit code 0 where everything is
+right or absent with a reason, 1 where something is wrong.
+
+TARGET is package.module:function or file.py:function. The function takes no arguments and returns
+(model, batch) or (model, batch, loss), with loss(model, batch) a scalar tensor; without it the loss is
+model(**batch).loss. For example, in check.py:
+
+  def gpt2():
+      model = GPT2LMHeadModel(GPT2Config(n_layer=2))
+      tokens = torch.randint(50257, (2, 64))
+      return model, {"input_ids": tokens, "labels": tokens}
+
+  gradscope doctor check.py:gpt2
 """
 
 
@@ -158,6 +176,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     diagnose.add_argument("record", type=Path, metavar="RECORD", help="a Record file (JSON Lines)")
     diagnose.add_argument("--trunk", metavar="NAME", help="only this trunk (default: all)")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check every recorded value on your own model against plain autograd",
+        description=_DOCTOR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    doctor.add_argument("target", metavar="TARGET", help="package.module:function, or file.py:function")
+    doctor.add_argument(
+        "--layers",
+        metavar="GLOB",
+        help="what to watch (default: blocks and branches; values: every module)",
+    )
+    doctor.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="how long to time the overhead; 0 leaves it out (default: 5)",
+    )
     return parser
 
 
@@ -174,7 +212,8 @@ def _positive(word: str) -> int:
 def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.command == "study":
         return _study(options, words)
-    return _diagnose(options) if options.command == "diagnose" else _show(options)
+    commands = {"show": _show, "diagnose": _diagnose, "doctor": _doctor}
+    return commands[options.command](options)
 
 
 def _study(options: argparse.Namespace, words: Sequence[str]) -> int:
@@ -226,6 +265,18 @@ def _diagnose(options: argparse.Namespace) -> int:
             except QuantityError as error:
                 print(f"\n{quantity} over {trunk}: no verdict. {error}", flush=True)
     return EXIT_OK if diagnosis.healthy else EXIT_UNHEALTHY
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gradscope.experiment.doctor import doctor
+    from gradscope.target import load_target
+
+    target = load_target(options.target)
+    report = doctor(
+        target.build(), target.batch, target.loss, layers=options.layers, seconds=options.seconds
+    )
+    print(report, flush=True)
+    return EXIT_OK if report.ok else EXIT_UNHEALTHY
 
 
 def _plot(record: Record, options: argparse.Namespace) -> None:

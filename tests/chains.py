@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gradscope
+from gradscope.analysis import Profile
 
 
 class Chain(nn.Module):
@@ -69,7 +70,7 @@ def measured(
     x: Tensor,
     replicates: int,
     loss: Callable[[nn.Module, Tensor], Tensor] = probe,
-) -> gradscope.Profile:
+) -> Profile:
     """The gradient flow of a `Chain`, in float64, from its input on."""
     record = gradscope.measure(
         make, x, loss, replicates, dtype=torch.float64, layers="blocks.*", statistics=[]
