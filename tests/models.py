@@ -283,7 +283,7 @@ EXAMPLES: dict[str, Example] = {
         not_called=_each("transformer.h.{}.attn.attn_dropout"),
         scalar=("",),
         packed=dict.fromkeys(_each("transformer.h.{}.attn.c_attn.weight"), 1),
-        count=1185,
+        count=1217,
     ),
     "bert": Example(
         make=bert,
@@ -294,7 +294,7 @@ EXAMPLES: dict[str, Example] = {
         not_called=_each("bert.encoder.layer.{}.attention.self.dropout"),
         scalar=("",),
         zero=_each("bert.encoder.layer.{}.attention.self.key.bias"),
-        count=1773,
+        count=1805,
     ),
     "llama": Example(
         make=llama,
@@ -305,12 +305,12 @@ EXAMPLES: dict[str, Example] = {
         skips=(0, 1, 2),
         no_gradient=("model.rotary_emb",),
         scalar=("",),
-        count=1125,
+        count=1157,
     ),
-    "encoder": _encoder(False, True, 857),
-    "encoder_sequence_first": _encoder(False, False, 857),
-    "encoder_norm_first": _encoder(True, True, 859),
-    "encoder_norm_first_sequence_first": _encoder(True, False, 859),
+    "encoder": _encoder(False, True, 888),
+    "encoder_sequence_first": _encoder(False, False, 888),
+    "encoder_norm_first": _encoder(True, True, 890),
+    "encoder_norm_first_sequence_first": _encoder(True, False, 890),
     "classic": Example(
         make=Classic,
         run=next_token,
@@ -319,7 +319,7 @@ EXAMPLES: dict[str, Example] = {
         parts={"attention": 0.5, "linear2": 1.0},
         not_called=_each("layers.{}.attention.out_proj"),
         packed=dict.fromkeys(_each("layers.{}.attention.in_proj_weight"), 0),
-        count=778,
+        count=810,
     ),
     "loop": Example(
         make=Loop,
@@ -328,7 +328,7 @@ EXAMPLES: dict[str, Example] = {
         blocks=_each("blocks.{}"),
         parts={"attn": 0.5, "mlp": 1.0},
         skips=(0, 1, 2),
-        count=1130,
+        count=1162,
     ),
     "mlp": Example(
         make=mlp,
@@ -340,7 +340,7 @@ EXAMPLES: dict[str, Example] = {
         widths=dict.fromkeys((0, 2, 3), "not supported: the width changes"),
         no_tokens=(0, 1, 2, 3, 4),
         no_input=(1, 2, 3, 4),
-        count=250,
+        count=258,
     ),
 }
 

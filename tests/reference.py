@@ -84,6 +84,48 @@ def input_cosine(positions: np.ndarray, origin: np.ndarray) -> float:
     return float(np.mean([cosine(a, b) for a, b in zip(positions, origin, strict=True)]))
 
 
+def angle(a: np.ndarray, b: np.ndarray) -> float:
+    """From what of b is along a and what is across, in radians."""
+    along = np.dot(b, a) / l2(a)
+    return math.atan2(l2(b - along * a / l2(a)), along)
+
+
+def mean_over_tokens(function: Callable[..., float], *tensors: np.ndarray) -> float:
+    """The mean of a function of one position of each, [positions, features]."""
+    return float(np.mean([function(*at) for at in zip(*tensors, strict=True)]))
+
+
+def pair(h: np.ndarray, following: np.ndarray) -> dict[str, float]:
+    """Those of two stream positions, [positions, features]."""
+    return {
+        "cosine_next": mean_over_tokens(cosine, h, following),
+        "angle_next": mean_over_tokens(angle, h, following),
+        **contribution(h, following - h),
+    }
+
+
+def contribution(h: np.ndarray, change: np.ndarray) -> dict[str, float]:
+    """Those of what is added to a stream position, [positions, features]."""
+    return {
+        "relative_contribution": mean_over_tokens(lambda x, f: l2(f) / l2(x), h, change),
+        "residual_cosine": mean_over_tokens(lambda x, f: cosine(f, x), h, change),
+    }
+
+
+def token_centred_l2(sequences: list[np.ndarray]) -> float:
+    """[T, d] each: without their mean token."""
+    return l2(np.concatenate([(x - np.mean(x, axis=0)).ravel() for x in sequences if len(x)]))
+
+
+def sample_dot(samples: list[np.ndarray]) -> float:
+    """Each sample with the mean of the others."""
+    total = 0.0
+    for i, x in enumerate(samples):
+        others = np.mean([y for j, y in enumerate(samples) if j != i], axis=0)
+        total += float(np.sum(x * others))
+    return total
+
+
 def positions(x: np.ndarray, feature_axis: int = -1, valid: np.ndarray | None = None) -> np.ndarray:
     """[positions, features], padding left out."""
     x = np.moveaxis(x, feature_axis, -1) if x.ndim > 1 else x.reshape(1, -1)
@@ -250,6 +292,14 @@ def twin(
     for level, (row, h) in enumerate(zip(stream_rows, stream, strict=True)):
         if h.dim() == 3:
             value[*row, "activation", "token_cosine"] = token_cosine(sequences(h))
+            value[*row, "activation", "token_centred_l2"] = token_centred_l2(sequences(h))
+            scale[*row, "activation", "token_centred_l2"] = l2(h.detach().numpy())
+        g = gradient.get(id(h))
+        if g is not None:
+            value[*row, "output_grad", "sample_dot"] = sample_dot(
+                sequences(g) if h.dim() == 3 else list(g.numpy())
+            )
+            scale[*row, "output_grad", "sample_dot"] = l2(g.numpy()) ** 2
         if h.shape == stream[0].shape:
             at, origin = (positions(t.detach().numpy()) for t in (h, stream[0]))
             value[*row, "activation", "input_cosine"] = input_cosine(at, origin)
@@ -266,9 +316,24 @@ def twin(
                 value[*row, signal, "diff_next_l2"] = l2(b - a)
                 scale[*row, signal, "dot_next"] = l2(a) * l2(b)
                 scale[*row, signal, "diff_next_l2"] = l2(a) + l2(b)
+            after = stream[level + 1]
+            if after.shape == h.shape:
+                at, next_at = (positions(t.detach().numpy()) for t in (h, after))
+                for statistic, number in pair(at, next_at).items():
+                    value[*row, "activation", statistic] = number
+                    # Of directions: known to the last digit of 1, and of what a difference leaves over.
+                    scale[*row, "activation", statistic] = max(abs(number), 1.0)
             if level in skips:
                 unit_skip[*row, "activation", "unit_skip"] = 1.0
     value.update(unit_skip)
+    for row, tensor in primaries:
+        if row[0] in branches and tensor is not None:
+            before = stream[math.ceil(branches[row[0]] - 1e-9) - 1]
+            if tensor.shape == before.shape:
+                h, f = (positions(t.detach().numpy()) for t in (before, tensor))
+                for statistic, number in contribution(h, f).items():
+                    value[*row, "activation", statistic] = number
+                    scale[*row, "activation", statistic] = max(abs(number), 1.0)
 
     for name, parameter in model.named_parameters():
         g = gradient.get(id(parameter))

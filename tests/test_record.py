@@ -119,8 +119,9 @@ def test_every_statistic_is_of_a_known_signal_and_explained():
         assert statistic.signals
         assert set(statistic.signals) <= set(SIGNALS)
         assert statistic.meaning
-        assert statistic.unit in {"signal", "signal^2", "elements", "positions", "1"}
-        assert statistic.where in {"all", "stream", "packed"}
+        assert statistic.unit in {"signal", "signal^2", "elements", "positions", "rad", "1"}
+        assert statistic.where in {"all", "stream", "axis", "packed"}
+        assert statistic.pooled in {"sum", "norm", "mean", "own"}
 
 
 # -- steps -----------------------------------------------------------------------------------

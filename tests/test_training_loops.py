@@ -92,6 +92,8 @@ def test_pooled_statistics_are_those_of_the_concatenated_batch() -> None:
     assert a["layer"].tolist() == b["layer"].tolist()
     compared = 0
     for i, (x, y) in enumerate(zip(a["value"], b["value"], strict=True)):
+        if a["statistic"][i] == "sample_dot":
+            continue  # samples meet those of their own micro-batch only
         assert a["status"][i] == b["status"][i]
         if a["status"][i] == "ok":
             assert_equal(x, y, 1e-8)

@@ -89,6 +89,7 @@ def _expected_absences(model: nn.Module, example: Example) -> dict[Key, str]:
 
     plain = ("l2", "count", "tokens", "mean", "variance", "absmax", "zeros", "nonfinite", "kurtosis")
     pair = ("dot_next", "diff_next_l2")
+    slow_pair = ("cosine_next", "angle_next", "relative_contribution", "residual_cosine")
     for layer in example.not_called:
         put(layer, kind(layer), "activation", (*plain, "token_variance"), "not called")
         put(layer, kind(layer), "output_grad", plain, "not called")
@@ -98,7 +99,7 @@ def _expected_absences(model: nn.Module, example: Example) -> dict[Key, str]:
         put(layer, kind(layer), "activation", ("variance", "token_variance"), "one element")
         put(layer, kind(layer), "output_grad", ("variance",), "one element")
     rows = [(example.blocks[0], "Stream"), *((b, kind(b)) for b in example.blocks)]
-    put(*rows[-1], "activation", (*pair, "unit_skip"), LAST)
+    put(*rows[-1], "activation", (*pair, *slow_pair, "unit_skip"), LAST)
     put(*rows[-1], "output_grad", pair, LAST)
     for level, row in enumerate(rows[:-1]):
         if level in example.hidden_skip:
@@ -106,12 +107,13 @@ def _expected_absences(model: nn.Module, example: Example) -> dict[Key, str]:
         elif level not in example.skips:
             put(*row, "activation", ("unit_skip",), "no unit skip")
     for level, why in example.widths.items():
-        put(*rows[level], "activation", pair, why)
+        put(*rows[level], "activation", (*pair, *slow_pair), why)
         put(*rows[level], "output_grad", pair, why)
     if 0 in example.hidden_skip:  # the input is a constant
-        put(*rows[0], "output_grad", (*plain, *pair), "no gradient path")
+        put(*rows[0], "output_grad", (*plain, *pair, "sample_dot"), "no gradient path")
     for level in example.no_tokens:
-        put(*rows[level], "activation", ("token_cosine",), "not supported: no token axis")
+        tokens = ("token_cosine", "token_centred_l2")
+        put(*rows[level], "activation", tokens, "not supported: no token axis")
     for level in example.no_input:
         put(
             *rows[level],

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from gradscope.analysis import beyond_norm as beyond_norm  # registers its quantities
 from gradscope.analysis.change import DepthScale
 from gradscope.analysis.decay import DecayFit, fit_decay
 from gradscope.analysis.diagnosis import RULES, Diagnosis, Finding, Rule, Threshold, diagnose, rule

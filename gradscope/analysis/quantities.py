@@ -28,7 +28,15 @@ from gradscope.analysis.trunk import (
 )
 from gradscope.errors import QuantityError
 
-__all__ = ["QKV_NAMES", "QUANTITIES", "Quantity", "find_quantity", "quantity"]
+__all__ = [
+    "QKV_NAMES",
+    "QUANTITIES",
+    "Quantity",
+    "find_quantity",
+    "quantity",
+    "underflown",
+    "with_unit_skip",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,15 +233,16 @@ def gradient_cosine(trunk: Trunk) -> Values:
     count, _ = trunk.pairs(trunk.at_stream("output_grad", "count"))
     cosine = combine(lambda d, a, b: d / a / b, dot, l2, following)
     cosine = cosine.without((l2.value == 0) | (following.value == 0), "zero gradient")
-    return cosine.without(_underflown(l2.value, following.value, count.value), "underflow")
+    return cosine.without(underflown(l2.value, following.value, count.value), "underflow")
 
 
-def _underflown(a: Floats, b: Floats, count: Floats) -> np.ndarray:
+def underflown(a: Floats, b: Floats, count: Floats) -> np.ndarray:
+    """Where an inner product of vectors with these norms has lost digits to underflow."""
     with np.errstate(all="ignore"):
         return a < _UNDERFLOW_MARGIN * count * np.finfo(np.float64).tiny / b
 
 
-def _with_unit_skip(trunk: Trunk, values: Values) -> Values:
+def with_unit_skip(trunk: Trunk, values: Values) -> Values:
     """Absent where the next position is not proven to be this one plus something."""
     skip, _ = trunk.pairs(trunk.at_stream("activation", "unit_skip"))
     skip = skip.without(skip.value != 1, "no unit skip")
@@ -265,7 +274,7 @@ def skip_share(trunk: Trunk) -> Values:
 
     value = combine(share, skip, branch)
     value = value.without((skip.value == 0) & (branch.value == 0), "zero gradient")
-    return _with_unit_skip(trunk, value)
+    return with_unit_skip(trunk, value)
 
 
 @quantity(
@@ -285,8 +294,8 @@ def local_depth(trunk: Trunk) -> Values:
     dot, _ = trunk.pairs(trunk.at_stream("output_grad", "dot_next"))
     count, _ = trunk.pairs(trunk.at_stream("output_grad", "count"))
     value = combine(lambda d, a: 1.0 - d / a / a, dot, l2).without(l2.value == 0, "zero gradient")
-    lost = (following.value > 0) & _underflown(l2.value, l2.value, count.value)
-    return _with_unit_skip(trunk, value.without(lost, "underflow"))
+    lost = (following.value > 0) & underflown(l2.value, l2.value, count.value)
+    return with_unit_skip(trunk, value.without(lost, "underflow"))
 
 
 # -- activations on the stream -------------------------------------------------------------
@@ -396,49 +405,6 @@ def zero_share(trunk: Trunk) -> Values:
         trunk.at_stream("activation", "count"),
         "no valid positions",
     )
-
-
-@quantity(
-    label="token cosine",
-    unit="1",
-    source="rank collapse: Dong et al. 2021, arXiv:2103.03404",
-    log=False,
-    forward=True,
-)
-def token_cosine(trunk: Trunk) -> Values:
-    """Mean cosine between different tokens of one sequence at h_l; 1 is rank collapse."""
-    return trunk.at_stream("activation", "token_cosine")
-
-
-@quantity(
-    label="input presence", unit="1", source="mean over tokens of cos(h_l, h_0)", log=False, forward=True
-)
-def input_presence(trunk: Trunk) -> Values:
-    """Mean over tokens of cos(h_l, h_0): how much of the input is still in the stream."""
-    return trunk.at_stream("activation", "input_cosine")
-
-
-# -- branches ------------------------------------------------------------------------------
-
-
-@quantity(
-    label="branch-to-stream ratio",
-    unit="1",
-    source="relative contribution: Csordás et al. 2025, arXiv:2505.13898",
-    over="branches",
-    forward=True,
-)
-def branch_ratio(trunk: Trunk) -> Values:
-    """‖F‖_F/‖h_k‖_F over valid positions, h_k the stream at the input of the branch's block.
-
-    Absent where the branch's output has another number of elements than the stream.
-    """
-    branch, count = trunk.at_branches("activation", "l2"), trunk.at_branches("activation", "count")
-    stream = trunk.at_block_input(trunk.at_stream("activation", "l2"), branch.places)
-    size = trunk.at_block_input(trunk.at_stream("activation", "count"), branch.places)
-    other_shape = count.ok & size.ok & (count.value != size.value)
-    value = ratio(branch, stream, "zero stream")
-    return value.without(other_shape, "not supported: other shape than the stream")
 
 
 # -- parameters, by block ------------------------------------------------------------------

@@ -15,17 +15,19 @@ from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters,
 from gradscope.collect.passes import LAST, Call, Pass
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
-from gradscope.statistics import ACTIVATION, GRADIENT, Value, pool
+from gradscope.statistics import ACTIVATION, GRADIENT, NO_DIRECTION, Value, pool
 
 __all__ = ["Assembler"]
 
 _A: Final = len(ACTIVATION)
-_LINEAR: Final = ("l2", "mean", "absmax", "diff_next_l2")
-_QUADRATIC: Final = ("variance", "dot_next")
+#: By how many factors of the loss's scale a gradient's statistic is scaled.
+_POWER: Final = tuple({"signal": 1, "signal^2": 2}.get(STATISTICS[n].unit, 0) for n in GRADIENT)
 _COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
     ("output_grad", n) for n in GRADIENT
 )
 _STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in _COLUMNS])
+_AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in _COLUMNS])
+_DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
 
 
@@ -215,6 +217,9 @@ class Assembler:
                 value[n, k, :_A] = slot.values
                 for column, reason in slot.absent.items():
                     why[k, column] = reason
+                for column in _DIRECTIONS:
+                    if slot.values[column] == NO_DIRECTION:
+                        why[k, column] = "zero token"
                 if slot.stream:
                     if call.unit_skip:
                         value[n, k, _UNIT_SKIP] = 1.0
@@ -235,8 +240,10 @@ class Assembler:
                     if slot.gradient is None
                     else ""
                 )
-                if not slot.stream and site >= 0 and self.layers[site].is_block:
-                    why[k, _STREAM_COLUMN] = "not supported: the gradient came through another output"
+                if slot is not call.slots[0]:
+                    # What relates to the stream was taken from the first output.
+                    related = _STREAM_COLUMN | _AXIS_COLUMN
+                    why[k, related] = "not supported: the gradient came through another output"
                 if reason:
                     why[k, _A:] = reason
                 elif slot.gradient is not None:
@@ -264,8 +271,11 @@ class Assembler:
             else:
                 layer = self.layers[site]
                 name, kind, stream = layer.name, layer.type, layer.is_block
+            left_out = np.zeros_like(_AXIS_COLUMN) if stream else _STREAM_COLUMN
+            if not stream and not (trunk and self.layers[site].branch is not None):
+                left_out = _STREAM_COLUMN | _AXIS_COLUMN
             for column, (signal, statistic) in enumerate(_COLUMNS):
-                if statistic in self.wanted and (stream or not _STREAM_COLUMN[column]):
+                if statistic in self.wanted and not left_out[column]:
                     entries.append((trunk, depth, name, kind, index, signal, statistic))
                     take.append(k * len(_COLUMNS) + column)
         sites = {x.name: s for s, x in enumerate(self.layers)}
@@ -329,8 +339,8 @@ def _unscaled(gradient: list[Value], scale: Tensor | float | None) -> list[float
         return gradient  # type: ignore[return-value]
     by = float(scale)
     return [
-        float(v) / by if n in _LINEAR else float(v) / by / by if n in _QUADRATIC else float(v)
-        for n, v in zip(GRADIENT, gradient, strict=True)
+        float(v) / by / by if power == 2 else float(v) / by if power else float(v)
+        for power, v in zip(_POWER, gradient, strict=True)
     ]
 
 

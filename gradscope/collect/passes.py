@@ -67,13 +67,17 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class TrunkPass:
-    """One trunk in one forward pass: its stream positions in forward order."""
+    """One trunk in one forward pass: its stream positions in forward order.
+
+    ``reading`` is the block that runs now, if its input is the last position itself.
+    """
 
     calls: list[Call] = field(default_factory=list)
     edges: list[Any] = field(default_factory=list)
     branch_edges: dict[int, Any] = field(default_factory=dict)
     unproven: list[int] = field(default_factory=list)
     input: Tensor | None = None
+    reading: int | None = None
     held_activation: tuple[Tensor, int, Slot] | None = None
     held_gradient: tuple[Tensor, int, Slot] | None = None
 

@@ -99,7 +99,7 @@ class Recorder:
             self.layers,
             self._assembler.trunks,
             linear=linear_sites(modules),
-            keep_input="input_cosine" in wanted,
+            wanted=wanted,
             input_gradient=input_gradient,
         )
         self._assembler.verified = self._sampler.verified

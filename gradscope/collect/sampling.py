@@ -8,7 +8,7 @@ scalars, and lets go of the tensors. What it does hold, and for how long, is doc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,7 +18,7 @@ from gradscope import statistics
 from gradscope.collect import graph, probes
 from gradscope.collect.passes import LAST, PAIR, Call, Pass, Slot, TrunkPass
 from gradscope.layers import Layer
-from gradscope.statistics import ACTIVATION, GRADIENT
+from gradscope.statistics import ACTIVATION, BRANCH, GRADIENT, SLOW_PAIR, Absent, Value
 
 if TYPE_CHECKING:
     from gradscope.collect.recorder import Recorder
@@ -27,6 +27,8 @@ __all__ = ["Sampler"]
 
 _ACTIVATION_PAIR: Final = tuple(ACTIVATION.index(n) for n in PAIR)
 _GRADIENT_PAIR: Final = tuple(GRADIENT.index(n) for n in PAIR)
+_SLOW_PAIR: Final = tuple(ACTIVATION.index(n) for n in SLOW_PAIR)
+_BRANCH: Final = tuple(ACTIVATION.index(n) for n in BRANCH)
 
 
 class Sampler:
@@ -37,7 +39,7 @@ class Sampler:
         layers: the watched layers; sites are their indices.
         trunks: names of the trunks that have watched blocks.
         linear: sites whose output is that of an `nn.Linear`.
-        keep_input: whether slow steps keep the trunk's input for `input_cosine`.
+        wanted: the chosen statistics.
         input_gradient: make a float trunk input require grad (for models that nobody else uses).
 
     Attributes:
@@ -53,14 +55,14 @@ class Sampler:
         trunks: Sequence[str],
         *,
         linear: frozenset[int],
-        keep_input: bool,
+        wanted: Collection[str],
         input_gradient: bool,
     ) -> None:
         self._recorder = weakref.ref(recorder)
         self._layers = layers
         self._trunks = list(trunks)
         self._linear = linear
-        self._keep_input = keep_input
+        self._wanted = wanted
         self._input_gradient = input_gradient
         self._proofs: dict[tuple[int, int], bool | None] = {}
         self._recomputed: dict[int, list[Call]] = {}
@@ -88,6 +90,8 @@ class Sampler:
         """
         trunk = self._layers[site].trunk
         if trunk in p.trunks:
+            if self.slow:
+                p.trunks[trunk].reading = self._reading(p.trunks[trunk], site, args, kwargs)
             return None
         state = p.trunks[trunk] = TrunkPass()
         source = probes.first_tensor(args, kwargs)
@@ -100,13 +104,25 @@ class Sampler:
                 replaced = source.detach().requires_grad_(True).clone()
             changed = _replace(args, kwargs, source, replaced)
             source = replaced
-        if self.slow and self._keep_input:
+        if self.slow and "input_cosine" in self._wanted:
             state.input = source.detach()
         call = Call(-1 - self._trunks.index(trunk), 0, [])
         call.slots.append(self._sample(site, source, p, state))
         p.calls.append(call)
         self._join_stream(call, source, state, None)
+        state.reading = site
         return changed
+
+    @staticmethod
+    def _reading(
+        state: TrunkPass, site: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> int | None:
+        """The site, where the block's input is the stream position that is held."""
+        source, held = probes.first_tensor(args, kwargs), state.held_activation
+        if source is None or held is None:
+            return None
+        same = source.shape == held[0].shape and source.data_ptr() == held[0].data_ptr()
+        return site if same and source._version == held[1] else None
 
     def output(
         self,
@@ -141,11 +157,48 @@ class Sampler:
             return
         if state is not None:
             self._join_stream(call, carrying[0], state, probes.first_tensor(args, kwargs))
-        elif layer.branch is not None and self.slow and block is not None:
+        elif layer.branch is not None:
             trunk = p.trunks.get(layer.trunk)
+            self._compare_with_stream(call.slots[0], carrying[0], trunk, block)
             edge = graph.edge_of(carrying[0])
-            if trunk is not None and edge is not None:
+            if self.slow and block is not None and trunk is not None and edge is not None:
                 trunk.branch_edges[site] = edge
+
+    def _compare_with_stream(
+        self, slot: Slot, output: Tensor, state: TrunkPass | None, block: int | None
+    ) -> None:
+        """A branch beside the input of its block, which is still held for the block's own pair."""
+        held = state.held_activation if state is not None else None
+        if not self.slow:
+            reason = "not sampled"
+        elif state is None or held is None or block is None or state.reading != block:
+            reason = "not supported: the input of its block is no watched stream position"
+        elif held[0].shape != output.shape:
+            reason = "not supported: other shape than the stream"
+        elif held[0]._version != held[1]:
+            reason = "not supported: modified in place"
+        else:
+            axes = self._axes(slot, output)
+            self._put(slot, statistics.measure_branch(held[0], output, self._wanted, **axes))
+            return
+        slot.absent.update(dict.fromkeys(_BRANCH, reason))
+
+    def _axes(self, slot: Slot, tensor: Tensor) -> dict[str, Any]:
+        layer = self._layers[slot.site]
+        return {
+            "feature_axis": layer.feature_axis(tensor.dim()),
+            "token_axis": layer.token_axis,
+            "valid": slot.owner.valid if slot.owner is not None else None,
+        }
+
+    @staticmethod
+    def _put(slot: Slot, values: Mapping[str, Value | Absent]) -> None:
+        for name, value in values.items():
+            column = ACTIVATION.index(name)
+            if isinstance(value, Absent):
+                slot.absent[column] = value.why
+            else:
+                slot.values[column] = value
 
     def recomputed(self, p: Pass, site: int, output: Any) -> None:
         """A forward inside a backward: recomputation, which is never a second sample.
@@ -171,10 +224,12 @@ class Sampler:
 
     def _sample(self, site: int, tensor: Tensor, p: Pass, state: TrunkPass | None) -> Slot:
         """Measure a tensor now and put a hook on it for its gradient."""
+        layer = self._layers[site]
         known = p.aliases.get(id(tensor))
         if state is None and known is not None and known[0]() is tensor and known[1] == tensor._version:
-            return known[2]
-        layer = self._layers[site]
+            # Not for a branch that hands a stream position on: both have relations of their own.
+            if layer.branch is None or not known[2].stream:
+                return known[2]
         if p.valid is not None and tensor.shape[:-1] in (p.valid.shape, p.valid.shape[::-1]):
             self.masked = True
         values, absent = statistics.measure(
@@ -186,6 +241,7 @@ class Sampler:
             input=state.input if state is not None else None,
             slow=self.slow,
             stream=state is not None,
+            wanted=self._wanted,
         )
         self.dtypes.add(tensor.dtype)
         if torch.is_autocast_enabled(tensor.device.type):
@@ -219,21 +275,27 @@ class Sampler:
         """Put a call on the trunk's stream: the pair with the position before it, and its proofs."""
         slot = call.slots[0]
         held, state.held_activation = state.held_activation, None
+        state.reading = None
         previous = state.calls[-1] if state.calls else None
         slot.absent.update(dict.fromkeys(_ACTIVATION_PAIR, LAST))
+        slot.absent.update(dict.fromkeys(_SLOW_PAIR, LAST if self.slow else "not sampled"))
         if held is not None:
             before, version, earlier = held
             earlier.successor = slot
-            for column in _ACTIVATION_PAIR:
+            columns = _ACTIVATION_PAIR + (_SLOW_PAIR if self.slow else ())
+            for column in columns:
                 del earlier.absent[column]
             if before.shape != tensor.shape:
-                earlier.absent.update(dict.fromkeys(_ACTIVATION_PAIR, "not supported: the width changes"))
+                earlier.absent.update(dict.fromkeys(columns, "not supported: the width changes"))
             elif before._version != version:
-                earlier.absent.update(dict.fromkeys(_ACTIVATION_PAIR, "not supported: modified in place"))
+                earlier.absent.update(dict.fromkeys(columns, "not supported: modified in place"))
             else:
                 dot, difference = _ACTIVATION_PAIR
                 earlier.values[dot] = statistics.inner_product(before, tensor)
                 earlier.values[difference] = statistics.difference_norm(before, tensor)
+                if self.slow:
+                    axes = self._axes(slot, tensor)
+                    self._put(earlier, statistics.measure_pair(before, tensor, self._wanted, **axes))
         state.calls.append(call)
         state.held_activation = (tensor.detach(), tensor._version, slot)
         if self.slow:
@@ -295,6 +357,7 @@ class Sampler:
             valid=p.valid,
             slow=self.slow,
             stream=slot.stream,
+            wanted=self._wanted,
         )
         state = slot.trunk
         if not slot.stream or state is None:

@@ -31,7 +31,7 @@ _MEASURING: Final = (
     "layers",
     "record",
     "scope.py",
-    "statistics.py",
+    "statistics",
     "collect",
     "experiment",
     "reference",

@@ -1,0 +1,49 @@
+"""The kernels behind the table of statistics: tensors in, scalars out, nothing kept.
+
+Every value is accumulated so that neither the dtype's range nor cancellation can spoil it: 16-bit
+tensors are widened to float32 first, float32 sums of squares that leave the safe range are redone
+in float64 after division by the largest magnitude, and a variance that is small beside the mean
+square is redone about the mean. On a CPU those repairs are decided by looking at the first result,
+which is free there; on other devices the robust form is always used, because looking would
+synchronise the host (that path has been tested on the CPU only).
+
+To add a statistic: one entry in `gradscope.record.STATISTICS` and one function, decorated with
+`kernel` (of one tensor) or `pair_kernel` (of two stream positions, or a position and a branch).
+"""
+
+from gradscope.statistics import slow as slow  # registers its kernels
+from gradscope.statistics.measurement import ACTIVATION, GRADIENT, measure
+from gradscope.statistics.moments import difference_norm, inner_product, nonfinite, norms
+from gradscope.statistics.pairs import (
+    BRANCH,
+    PAIR_KERNELS,
+    SLOW_PAIR,
+    measure_branch,
+    measure_pair,
+    pair_kernel,
+)
+from gradscope.statistics.pooling import pool
+from gradscope.statistics.sample import KERNELS, NO_DIRECTION, Absent, Sample, Value, kernel
+
+__all__ = [
+    "ACTIVATION",
+    "BRANCH",
+    "GRADIENT",
+    "KERNELS",
+    "NO_DIRECTION",
+    "PAIR_KERNELS",
+    "SLOW_PAIR",
+    "Absent",
+    "Sample",
+    "Value",
+    "difference_norm",
+    "inner_product",
+    "kernel",
+    "measure",
+    "measure_branch",
+    "measure_pair",
+    "nonfinite",
+    "norms",
+    "pair_kernel",
+    "pool",
+]
