@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.analysis.trunk import Trunk
+from gradscope.analysis.trunk import NOT_RECORDED, OK, Trunk
 from gradscope.record import Record, Step
 
 __all__ = ["Grid", "Site", "View", "spans"]
@@ -77,6 +77,7 @@ class View:
         )
         self._tables = {id(step.rows): step.rows for step in self.steps}
         self._grids: dict[tuple[str, str], Grid] = {}
+        self._words: dict[tuple[str, str], npt.NDArray[np.object_]] = {}
         self._trunks: dict[str, Trunk] = {}
 
     # -- steps ---------------------------------------------------------------------------------
@@ -134,8 +135,13 @@ class View:
         """One statistic of one signal. Modules for activations and their gradients, else parameters."""
         key = (signal, statistic)
         if key not in self._grids:
-            self._grids[key] = self._read(signal, statistic)
+            self._grids[key], self._words[key] = self._read(signal, statistic)
         return self._grids[key]
+
+    def words(self, signal: str, statistic: str) -> npt.NDArray[np.object_]:
+        """[S, P] the status of each value of `grid`: ``ok``, why it is absent, or ``not recorded``."""
+        self.grid(signal, statistic)
+        return self._words[signal, statistic]
 
     def has(self, signal: str, statistic: str) -> bool:
         """Whether there is any measured value of it."""
@@ -183,13 +189,13 @@ class View:
     def _rows(self, table: int, signal: str, statistic: str) -> dict[Site, int]:
         return self._index.get((table, signal, statistic), {})
 
-    def _read(self, signal: str, statistic: str) -> Grid:
+    def _read(self, signal: str, statistic: str) -> tuple[Grid, npt.NDArray[np.object_]]:
         sites = self.modules if signal in ("activation", "output_grad") else self.parameters
         held = {s for key in self._tables for s in self._rows(key, signal, statistic)}
         sites = tuple(site for site in sites if site in held)
         column = {site: i for i, site in enumerate(sites)}
         value = np.full((len(self.steps), len(sites)), np.nan)
-        ok = np.zeros(value.shape, dtype=np.bool_)
+        words = np.full(value.shape, NOT_RECORDED, dtype=object)
         where: dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = {}
         for key in self._tables:
             rows = self._rows(key, signal, statistic)
@@ -200,8 +206,8 @@ class View:
         for s, step in enumerate(self.steps):
             columns, rows = where[id(step.rows)]
             value[s, columns] = step.value[rows]
-            ok[s, columns] = step.status[rows] == 0
-        return Grid(sites, value, ok)
+            words[s, columns] = step.words()[rows]
+        return Grid(sites, value, np.asarray(words == OK, dtype=np.bool_)), words
 
 
 def _key(entry: Entry) -> Entry:

@@ -4,9 +4,11 @@ The order matters: a finding can be explained only by one that began earlier, or
 rule that stands earlier here.
 
 - `numerics`: non-finite values, overflow of the loss scale, underflow of gradients.
+- `gradient_path`: layers to which no gradient can come.
 - `training`: update-to-weight ratio, sudden spikes.
 - `dead`: layers and units through which nothing passes.
-- `activations`: saturated bounded activations, massive activations.
+- `saturation`: bounded activations at their bounds.
+- `massive`: single elements far above all others.
 - `collapse`: rank collapse of the tokens, starved queries and keys.
 - `depth`: one layer off the curve; vanishing and exploding, backward and forward.
 """
@@ -16,14 +18,27 @@ from __future__ import annotations
 # In this order: see above.
 from gradscope.analysis.rules import numerics as numerics  # isort: split
 
+from gradscope.analysis.rules import gradient_path as gradient_path  # isort: split
+
 from gradscope.analysis.rules import training as training  # isort: split
 
 from gradscope.analysis.rules import dead as dead  # isort: split
 
-from gradscope.analysis.rules import activations as activations  # isort: split
+from gradscope.analysis.rules import saturation as saturation  # isort: split
+
+from gradscope.analysis.rules import massive as massive  # isort: split
 
 from gradscope.analysis.rules import collapse as collapse  # isort: split
 
 from gradscope.analysis.rules import depth as depth
 
-__all__ = ["activations", "collapse", "dead", "depth", "numerics", "training"]
+__all__ = [
+    "collapse",
+    "dead",
+    "depth",
+    "gradient_path",
+    "massive",
+    "numerics",
+    "saturation",
+    "training",
+]
