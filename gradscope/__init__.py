@@ -33,6 +33,10 @@ also on another machine::
     gradscope.plot.depth({"run": record})
     gradscope.plot.heatmap(record)
 
+Find the residual branches of a model as it is, each skip proved with numbers::
+
+    print(gradscope.architecture(model, batch))
+
 Ask how much of the depth the gradient really sees::
 
     gradscope.effective_depth(model, batch, loss)
@@ -67,6 +71,7 @@ if TYPE_CHECKING:
     from gradscope.analysis import verdicts as verdicts
     from gradscope.errors import GradscopeError as GradscopeError
     from gradscope.errors import GradscopeWarning as GradscopeWarning
+    from gradscope.experiment.architecture import architecture as architecture
     from gradscope.experiment.doctor import doctor as doctor
     from gradscope.experiment.effective_depth import effective_depth as effective_depth
     from gradscope.experiment.measure import measure as measure
@@ -83,6 +88,7 @@ __all__ = [
     "GradscopeWarning",
     "Record",
     "Scope",
+    "architecture",
     "depth_limit",
     "diagnose",
     "doctor",
@@ -107,6 +113,7 @@ _HOME: Final = {
     "GradscopeWarning": "gradscope.errors:GradscopeWarning",
     "Record": "gradscope.record:Record",
     "Scope": "gradscope.scope:Scope",
+    "architecture": "gradscope.experiment.architecture:architecture",
     "depth_limit": "gradscope.analysis:depth_limit",
     "diagnose": "gradscope.analysis:diagnose",
     "doctor": "gradscope.experiment.doctor:doctor",

@@ -1,0 +1,271 @@
+"""One forward pass of a model whose residual stream is read: its positions, and every module's output.
+
+Hooks note where in the autograd graph the trunk's input, the output of each block and the outputs of the
+modules inside of the blocks stand. They change nothing but for two things: a trunk input that requires no
+gradient is replaced by a leaf that does, and the outputs of modules that the caller names as branches are
+replaced by copies, so that each has a node of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from gradscope.collect.probes import tensors_in
+from gradscope.errors import MeasureError
+from gradscope.experiment.batches import first_float, replaced
+from gradscope.experiment.stream_graph import Edge, arrivals, edge_of
+from gradscope.layers import Trunk, find_trunks, named_layers
+
+__all__ = ["NormCall", "Position", "StreamForward", "refuse_reentrant"]
+
+_NORM_CLASS: Final = re.compile(r"norm", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Position:
+    """One tensor of the stream: h_0, or the output of a call of a block.
+
+    Attributes:
+        block: the block whose output it is; for h_0, the block that it enters.
+        call: which call of that block, from 0.
+        edge: where it stands in the graph; None where no gradient leads through it.
+        shape: its shape.
+        dtype: its dtype.
+    """
+
+    block: str
+    call: int
+    edge: Edge | None
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormCall:
+    """One call of a norm module.
+
+    Attributes:
+        module: the norm.
+        input: what it was given.
+        source: where that stands in the graph.
+    """
+
+    module: nn.Module
+    input: Tensor
+    source: Edge
+
+
+@dataclass(slots=True, eq=False)
+class _TrunkCalls:
+    positions: list[Position] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter[str])
+    end: Tensor | None = None
+
+
+class StreamForward:
+    """A forward pass under hooks, and what they saw.
+
+    Args:
+        model: the model that is run; it has the hooks for as long as the forward pass takes.
+        loss: ``loss(model, batch)``.
+        batch: what the loss takes.
+        trunk: the name of the trunk that is meant; None for the one that the loss hangs on.
+        named: the trunk and the modules whose outputs the caller says are its branches.
+
+    Attributes:
+        trunks: the names of all trunks.
+        trunk: the trunk that is read.
+        positions: its stream positions, h_0 first.
+        end: the values at the last of them.
+        outputs: the modules inside of the blocks, by where their outputs stand in the graph.
+        norms: norm modules and what they were given, by where their outputs stand in the graph.
+        named_calls: name, place in the graph and shape of each call of a named branch.
+        value: the loss.
+
+    Raises:
+        MeasureError: no trunk, several of which none was chosen, or a loss that is no scalar.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        batch: Any,
+        *,
+        trunk: str | None = None,
+        named: tuple[Trunk, Sequence[str]] | None = None,
+    ) -> None:
+        self.outputs: dict[Edge, list[str]] = {}
+        self.norms: dict[Edge, NormCall] = {}
+        self.named_calls: list[tuple[str, Edge | None, torch.Size]] = []
+        self._open = True
+        trunks = find_trunks(model) if named is None else (named[0],)
+        _check_trunks(model, trunks, trunk)
+        seen = [_TrunkCalls() for _ in trunks]
+        modules = named_layers(model)
+        blocks = {block for each in trunks for block in each.blocks}
+        with ExitStack() as stack:
+
+            def hook(module: nn.Module, function: Callable[..., Any], before: bool = False) -> None:
+                add = module.register_forward_pre_hook if before else module.register_forward_hook
+                stack.callback(add(function, with_kwargs=True).remove)
+
+            # A named branch may be its own block: it gets its node before the block's output is read.
+            for name in () if named is None else named[1]:
+                hook(modules[name], self._branch(name))
+            for each, calls in zip(trunks, seen, strict=True):
+                for k, block in enumerate(each.blocks):
+                    first = each.parts[k][0] if each.parts else block
+                    hook(modules[first], self._enter(block, calls), before=True)
+                    hook(modules[block], self._leave(block, calls))
+            for name, module in modules.items() if named is None else ():
+                if name not in blocks and any(name.startswith(f"{block}.") for block in blocks):
+                    hook(module, self._inside(name))
+            value = loss(model, batch)
+            self._open = False  # what checkpointing computes again in the backward pass is no other call
+        if not isinstance(value, Tensor) or value.dim() > 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise MeasureError(
+                f"loss(model, batch) returned {got}, not a scalar tensor. Reduce it: .mean()"
+            )
+        self.value = value
+        number = self._chosen(trunks, seen, trunk)
+        self.trunks = tuple(each.name for each in trunks)
+        self.trunk = trunks[number]
+        self.positions: list[Position] = seen[number].positions
+        self.end = seen[number].end
+
+    def position_name(self, position: int) -> str:
+        """What a stream position is called: ``input of blocks.0``, ``output of blocks.3``."""
+        at = self.positions[position]
+        if position == 0:
+            return f"input of {at.block}"
+        often = sum(p.block == at.block for p in self.positions[1:]) > 1
+        return f"output of {at.block}" + (f", call {at.call + 1}" if often else "")
+
+    def _enter(self, block: str, trunk: _TrunkCalls) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if trunk.positions or not self._open:
+                return None
+            floats = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
+            h = next((t for t in floats if t.requires_grad), floats[0] if floats else None)
+            if h is None:
+                return None
+            leaf = h if h.requires_grad else h.detach().requires_grad_()
+            trunk.positions.append(Position(block, 0, edge_of(leaf), h.shape, h.dtype))
+            if leaf is h:
+                return None
+            return replaced((args, kwargs), h, leaf.clone())  # a leaf allows no in-place operation
+
+        return hook
+
+    def _leave(self, block: str, trunk: _TrunkCalls) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            value = first_float(output)
+            if not self._open or value is None or not trunk.positions:
+                return
+            call = trunk.calls[block]
+            trunk.calls[block] += 1
+            trunk.positions.append(Position(block, call, edge_of(value), value.shape, value.dtype))
+            trunk.end = value.detach()
+
+        return hook
+
+    def _inside(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self._open:
+                return
+            edges = [edge for tensor in tensors_in(output) if (edge := edge_of(tensor)) is not None]
+            for edge in edges:
+                self.outputs.setdefault(edge, []).append(name)
+            if edges and not module._modules and _NORM_CLASS.search(type(module).__name__):
+                x = first_float((args, kwargs))
+                source = None if x is None else edge_of(x)
+                if x is not None and source is not None:
+                    self.norms[edges[0]] = NormCall(module, x.detach(), source)
+
+        return hook
+
+    def _branch(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not self._open:
+                return None
+            value = first_float(output)
+            if value is None:
+                raise MeasureError(f"The branch {name} returned no float tensor.")
+            own = value.clone()  # not a view: what follows may be an in-place operation
+            self.named_calls.append((name, edge_of(own), own.shape))
+            return replaced(output, value, own)
+
+        return hook
+
+    def _chosen(self, trunks: Sequence[Trunk], seen: Sequence[_TrunkCalls], name: str | None) -> int:
+        """The number of the trunk that is meant, among those that ran."""
+        if name is not None:
+            number = next(i for i, each in enumerate(trunks) if each.name == name)
+            if len(seen[number].positions) < 2:
+                raise MeasureError(f"The trunk {name} did not run in the forward pass of the loss.")
+            return number
+        ran = [i for i, calls in enumerate(seen) if len(calls.positions) > 1]
+        if not ran:
+            raise MeasureError(
+                f"None of the blocks of {', '.join(each.name for each in trunks)} was called. Was the "
+                "model called that loss(model, batch) is given, and are its blocks called as modules, "
+                "not through .forward()?"
+            )
+        owner = {p.edge: i for i in ran for p in seen[i].positions if p.edge is not None}
+        start = edge_of(self.value)
+        if len(ran) == 1 or start is None:
+            return ran[-1]
+        reached = sorted({owner[edge] for edge in arrivals(start, owner)})
+        if len(reached) > 1:
+            names = [trunks[i].name for i in reached]
+            raise MeasureError(
+                f"The loss hangs on {len(names)} trunks of its own, {', '.join(names)}: say which one is "
+                f'meant, trunk="{names[0]}".'
+            )
+        return reached[0] if reached else ran[-1]
+
+
+def _check_trunks(model: nn.Module, trunks: Sequence[Trunk], name: str | None) -> None:
+    if not trunks:
+        raise MeasureError(
+            f"No trunk found in {type(model).__name__}: no container of repeated blocks, and no stack of "
+            "weight layers. Name the modules whose outputs are added to the stream: "
+            'modules=["blocks.*.attention", "blocks.*.mlp"]'
+        )
+    if name is not None and name not in [each.name for each in trunks]:
+        raise MeasureError(
+            f'trunk="{name}" is none of the trunks of {type(model).__name__}: '
+            f"{', '.join(each.name for each in trunks)}."
+        )
+
+
+def refuse_reentrant(value: Tensor) -> None:
+    """Refuse a graph that reentrant checkpointing hides.
+
+    Raises:
+        MeasureError: it does, with the line that helps.
+    """
+    seen: set[Node] = set()
+    stack: list[Node] = [] if value.grad_fn is None else [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise MeasureError(
+                "The model checkpoints activations with use_reentrant=True, which hides its graph. Write "
+                "use_reentrant=False, or turn checkpointing off for the measurement."
+            )
+        stack += [n for n, _ in node.next_functions if n is not None]
