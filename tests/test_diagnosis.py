@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ from gradscope.analysis.diagnosis import (
 )
 from gradscope.analysis.view import View
 from gradscope.errors import QuantityError
-from gradscope.record import Record
+from gradscope.record import Record, Rows, Step
 from gradscope.reference import next_token_loss
 from gradscope.show.findings import render
 
@@ -202,14 +203,6 @@ def test_a_rule_that_could_not_look_says_so() -> None:
     assert {"update_ratio", "spike"} <= blind  # one step of a measurement has neither
     assert "statistics=" in reasons(diagnosis, "dead_units")
     assert "not checked:" in str(diagnosis)
-    # And nothing at all: no rule passes silently but those on the loss scale, which needs no value.
-    b = Builder()
-    b.module(1.0, "h.0", "activation", {"mean": 1.0})
-    nothing = diagnose(Record({"model": "M"}, (b.step(),)))
-    assert set(RULES) - {item.rule for item in nothing.not_checked} <= {
-        "skipped_steps",
-        "zero_by_construction",
-    }
 
 
 def test_no_depth_axis_is_said() -> None:
@@ -223,9 +216,11 @@ def test_no_depth_axis_is_said() -> None:
 
 def test_wrong_arguments() -> None:
     record = measured(residual_chain, 1)
-    with pytest.raises(ValueError, match="names no rule 'vanish'; the rules are non_finite, "):
+    with pytest.raises(
+        ValueError, match=r"names no rule 'vanish'. Did you mean 'vanishing'.* The rules are non_f"
+    ):
         diagnose(record, thresholds={"vanish": {"nats": 1}})
-    with pytest.raises(ValueError, match="has no threshold 'nat'; it has nats"):
+    with pytest.raises(ValueError, match=r"has no threshold 'nat'. Did you mean 'nats'. It has nats"):
         diagnose(record, thresholds={"vanishing": {"nat": 1}})
     with pytest.raises(ValueError, match="two rules named 'loud'"):
         diagnose(record, rules=[loud, dataclasses.replace(loud)])
@@ -271,3 +266,56 @@ def test_scope_diagnose_and_the_text() -> None:
     assert max(map(len, text.splitlines())) <= 100
     assert max(map(len, tree.splitlines())) <= 80
     assert repr(diagnosis).startswith("<Diagnosis of Chain")
+
+
+# -- what could not be looked at -----------------------------------------------------------------
+
+
+def test_a_record_without_values_is_not_healthy_but_nothing_recorded() -> None:
+    empty = Record({"model": "M"}, (Step.of(Rows.of([]), [], {}, step=0, replicate=0),))
+    b = Builder()
+    b.module(1.0, "h.0", "activation", {"l2": "compiled", "count": "compiled"})
+    b.module(1.0, "h.0", "output_grad", {"l2": "compiled"})
+    for record in (empty, Record({"model": "M"}, (b.step(),))):
+        diagnosis = diagnose(record)
+        assert diagnosis.word == "nothing recorded" and not diagnosis.healthy and diagnosis.values == 0
+        assert "nothing recorded: no value was measured" in diagnosis.summary
+        assert {item.rule for item in diagnosis.not_checked} == set(RULES)
+    assert "compiled" in str(diagnosis)
+
+
+def test_a_record_that_no_rule_can_read_is_not_healthy() -> None:
+    b = Builder()
+    b.module(1.0, "h.0", "activation", {"mean": 1.0})
+    diagnosis = diagnose(Record({"model": "M"}, (b.step(),)))
+    assert {item.rule for item in diagnosis.not_checked} == set(RULES)
+    assert diagnosis.word == "nothing checked" and not diagnosis.healthy
+    # One rule that looks and finds nothing is enough to say something.
+    assert diagnose(flat_record(np.ones((3, 9)))).word == "healthy"
+
+
+def test_without_a_depth_axis_every_rule_that_needs_one_says_so() -> None:
+    b = Builder()
+    values = {"l2": 1.0, "count": 8.0, "absmax": 0.5, "token_cosine": 0.3}
+    b.module(math.nan, "net", "activation", values, trunk="")
+    b.module(math.nan, "net", "output_grad", {"l2": 1.0, "count": 8.0}, trunk="")
+    b.parameter(math.nan, "net.weight", {("param_grad", "l2"): 1.0}, trunk="")
+    diagnosis = diagnose(Record({"replicates": "batch"}, (b.step(),)))
+    for rule_ in (
+        "no_gradient_path",
+        "rank_collapse",
+        "starved_attention",
+        "one_layer_off",
+        "vanishing",
+        "exploding",
+        "forward_vanishing",
+        "forward_exploding",
+    ):
+        assert "no depth axis" in reasons(diagnosis, rule_), rule_
+
+
+def test_a_few_steps_are_too_few_for_what_is_judged_over_steps() -> None:
+    diagnosis = diagnose(measured(residual_chain, 1))
+    assert "needs 3 recorded steps of one run; there is 1" in reasons(diagnosis, "dead_layer")
+    assert "a measurement makes no updates" in reasons(diagnosis, "update_ratio")
+    assert not reasons(diagnose(trained(residual_chain(), 3)), "dead_layer")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from planted import TEXT, only, tiny_queries_and_keys, transformer
+from planted import TEXT, only, reasons, tiny_queries_and_keys, transformer
+from synthetic import Builder, name
 from torch import nn
 
 import gradscope
-from gradscope.analysis.diagnosis import (
-    diagnose,
-)
+from gradscope.analysis.diagnosis import Diagnosis, diagnose
+from gradscope.record import Record
 from gradscope.reference import next_token_loss
 
 
@@ -61,3 +61,24 @@ def test_starved_attention_without_collapse_is_a_root_cause() -> None:
     found = only(tiny_queries_and_keys(1e-5), "starved_attention")
     assert found.layers == ("blocks.2",)
     assert found.because_of is None
+
+
+def test_where_queries_and_keys_cannot_be_told_apart_the_cosine_alone_is_a_note() -> None:
+    def made(keys: bool) -> Diagnosis:
+        b = Builder()
+        for depth in range(5):
+            layer, kind = name(depth)
+            cosine = 0.2 if depth == 0 else 1 - 0.5 * 10.0**-depth
+            b.module(float(depth), layer, "activation", {"token_cosine": cosine, "l2": 1.0}, kind=kind)
+            for part in ("q_proj", "k_proj", "v_proj") if keys and depth else ():
+                value = 1.0 if part == "v_proj" else 1e-6
+                b.parameter(depth, f"{layer}.{part}.weight", {("param_grad", "l2"): value})
+        return diagnose(Record({"replicates": "batch"}, (b.step(),)))
+
+    proven, open_ = only(made(True), "rank_collapse"), only(made(False), "rank_collapse")
+    assert proven.severity == "critical" and "down to 1.4e-06" in proven.message
+    assert open_.severity == "note" and open_.title == "tokens are nearly alike"
+    assert made(False).healthy
+    assert "not proof" in reasons(made(False), "rank_collapse")
+    # .95 at depth 1, .995 at depth 2.
+    assert proven.layers == ("h.1", "h.2", "h.3")

@@ -18,9 +18,7 @@ from planted import (
 )
 from torch import Tensor, nn
 
-from gradscope.analysis.diagnosis import (
-    diagnose,
-)
+from gradscope.analysis.diagnosis import diagnose
 from gradscope.analysis.view import View
 
 

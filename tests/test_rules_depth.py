@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from planted import Chain, gained, measured, one_gain, only, orthogonal, read, reasons, transformer
+import torch
+from planted import TEXT, Chain, gained, measured, one_gain, only, orthogonal, read, reasons, transformer
 from synthetic import flat_record
+from torch import Tensor, nn
 
 import gradscope
-from gradscope.analysis.diagnosis import (
-    diagnose,
-)
+from gradscope.analysis.diagnosis import diagnose
+from gradscope.reference import next_token_loss
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,75 @@ def test_one_layer_off_explains_the_explosion() -> None:
     for finding in exploding:
         assert finding.because_of is not None
         assert diagnosis.findings[finding.because_of].rule == "one_layer_off"
+
+
+# -- the first block -------------------------------------------------------------------------------
+
+
+def small_embedding(scale: float) -> Callable[[], nn.Module]:
+    """A pre-norm transformer whose embedding is drawn that much smaller than its blocks' outputs."""
+
+    def make() -> nn.Module:
+        model = transformer("pre_norm", 8)()
+        with torch.no_grad():
+            for parameter in model.embed.parameters():
+                parameter.mul_(scale)
+        return model
+
+    return make
+
+
+def test_a_small_embedding_before_a_norm_is_the_first_blocks_affair() -> None:
+    record = gradscope.measure(small_embedding(3e-3), TEXT, next_token_loss, 3)
+    # The verdict over all of the trunk is what its definition says, and says where it is from.
+    gradient = gradscope.profile(record).value
+    first = np.log(gradient[:, 0] / gradient[:, 1])
+    rest = np.log(gradient[:, 1] / gradient[:, -1])
+    assert first.min() > 3 and abs(rest).max() < 2
+    found = gradscope.verdict(record)
+    assert found.word == "exploding"
+    others = found.without_first_block
+    assert others is not None and others.word == "preserved"
+    assert others.delta.estimate == pytest.approx(rest.mean(), rel=1e-9)
+    assert "it is the first block that does this" in str(found)
+    # The diagnosis names the block, as a note: such models are in use and train.
+    diagnosis = diagnose(record)
+    assert diagnosis.healthy
+    assert not diagnosis.of("exploding") and not diagnosis.of("forward_exploding")
+    note = only(diagnosis, "one_layer_off")
+    assert note.layers == ("blocks.0",) and note.severity == "note"
+    assert f"by {np.exp(first.mean()):.3g}" in note.message
+    assert "smaller than what the block puts out" in note.cause and "2312.16903" in note.remedy
+    assert not read(small_embedding(1.0)).of("one_layer_off")
+
+
+class Amplified(nn.Module):
+    """x forward; backward the gradient times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.inner, self.factor = orthogonal(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.factor * y - (self.factor - 1) * y.detach()
+
+
+def test_a_first_block_whose_gradient_alone_jumps_is_a_warning() -> None:
+    diagnosis = diagnose(measured(lambda: Chain(*(Amplified(90.0 if k == 0 else 1.0) for k in range(8)))))
+    found = only(diagnosis, "one_layer_off")
+    assert found.severity == "warning" and found.layers == ("blocks.0",)
+    assert found.value == pytest.approx(math.log(90), rel=1e-4)
+    assert "weights or code" in found.cause
+    assert not diagnosis.of("exploding")
+
+
+@pytest.mark.parametrize("gain", [2.0, 0.5])
+def test_a_trend_that_all_blocks_share_is_not_the_first_blocks(gain: float) -> None:
+    found = gradscope.verdict(measured(lambda: Chain(*(orthogonal(gain) for _ in range(8)))))
+    assert found.word in ("exploding", "vanishing") and found.without_first_block is None
+    # Nor where the first block only tips the scale: 7 · .42 = 2.94 of 3.36 nats are the others'.
+    edge = measured(lambda: Chain(*(orthogonal(math.exp(0.42)) for _ in range(8))))
+    assert gradscope.verdict(edge).word == "exploding"
+    assert gradscope.verdict(edge).without_first_block is None
+    assert diagnose(edge).of("exploding")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from planted import (
     WIDTH,
     Chain,
+    classified,
+    data,
     half_precision,
     measured,
     only,
     orthogonal,
     overflowing,
     poisoned,
+    reasons,
     relu_block,
     trained,
 )
@@ -22,10 +26,7 @@ from synthetic import Builder
 from torch import Tensor, nn
 
 import gradscope
-from gradscope.analysis.diagnosis import (
-    Diagnosis,
-    diagnose,
-)
+from gradscope.analysis.diagnosis import Diagnosis, diagnose
 from gradscope.analysis.view import View
 from gradscope.record import Record
 
@@ -142,3 +143,63 @@ def test_an_infinity_is_harmless_only_where_finite_gradients_prove_it(gradients:
     record = Record({"replicates": "run"}, (builder.step(),))
     (found,) = diagnose(record).of("non_finite")
     assert found.severity == ("note" if gradients else "critical")
+
+
+def shrinking(gain: float, scale: float, dtype: torch.dtype) -> Diagnosis:
+    """A chain that multiplies gradients by the gain per block, in that dtype."""
+    torch.manual_seed(0)
+    model = Chain(*(orthogonal(gain) for _ in range(6))).to(dtype)
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    direction = torch.randn(64, 3, generator=torch.Generator().manual_seed(2))
+    return diagnose(
+        gradscope.measure(
+            model, [x], lambda m, b: (m(b).float() * direction * scale).sum(), layers="blocks.*"
+        )
+    )
+
+
+@pytest.mark.parametrize(("gain", "scale"), [(0.01, 2.0**-12), (0.002, 2.0**-8)])
+def test_a_gradient_that_leaves_the_range_within_one_block_underflows_from_the_first_step(
+    gain: float, scale: float
+) -> None:
+    # δ_L is about .6 · scale, subnormal two blocks further on, and 0 after that: no output shows half.
+    diagnosis = shrinking(gain, scale, torch.float16)
+    found = only(diagnosis, "underflow")
+    assert "input of blocks.0" in found.layers and "blocks.0" in found.layers
+    assert "blocks.5" not in found.layers
+    assert found.value > 0.5
+    # The note on zeros from the first step stands under its cause.
+    note = only(diagnosis, "zero_by_construction")
+    assert note.because_of is not None and diagnosis.findings[note.because_of].rule == "underflow"
+    # In bfloat16 the same gradients are there.
+    assert not shrinking(gain, scale, torch.bfloat16).of("underflow")
+
+
+class Closed(nn.Linear):
+    """A block without skip whose weights are zero: nothing comes back, at any scale."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        nn.init.zeros_(self.weight)
+
+
+def test_zero_weights_are_no_underflow() -> None:
+    torch.manual_seed(0)
+    model = Chain(orthogonal(), orthogonal(), Closed(), orthogonal()).half()
+    x, y = next(data())
+    diagnosis = diagnose(gradscope.measure(model, [(x.half(), y)], classified, layers="blocks.*"))
+    assert only(diagnosis, "zero_by_construction").because_of is None
+    assert not diagnosis.of("underflow")
+
+
+@pytest.mark.parametrize("loss_scale", [None, 8.0])
+def test_skipped_steps_says_what_it_had_to_look_at(loss_scale: float | None) -> None:
+    def run(steps: int) -> str:
+        b = Builder()
+        b.module(1.0, "h.0", "activation", {"l2": 1.0})
+        first = b.step(loss_scale=loss_scale)
+        made = tuple(dataclasses.replace(first, step=i) for i in range(steps))
+        return reasons(diagnose(Record({"replicates": "run"}, made)), "skipped_steps")
+
+    assert "no gradient scaler" in run(40) if loss_scale is None else not run(40)
+    assert "no gradient scaler" in run(4) if loss_scale is None else "there are 0" in run(4)

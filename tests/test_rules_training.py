@@ -7,12 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from planted import one_bad_batch, one_fast_branch, only, reasons, residual_chain, trained
+from synthetic import Builder
 from torch import Tensor, nn
 
-from gradscope.analysis.diagnosis import (
-    Diagnosis,
-    diagnose,
-)
+from gradscope.analysis.diagnosis import Diagnosis, diagnose
+from gradscope.record import Record, Rows, Step
 
 
 def test_update_ratio_names_the_module_with_too_high_a_rate() -> None:
@@ -89,3 +88,26 @@ def test_a_gradient_spike_that_leaves_the_loss_alone_is_a_note() -> None:
     assert found.severity == "note"
     assert found.steps == (30, 30)
     assert found.value == pytest.approx(1000, rel=0.5)
+
+
+def jumping(losses: Callable[[int], float | None]) -> Diagnosis:
+    """A Record of a run whose gradient jumps a hundredfold at step 30, with these losses."""
+    b = Builder()
+    b.module(1.0, "h.0", "output_grad", {"l2": 1.0})
+    rows = Rows.of(b.rows)
+    sizes = [100.0 if i == 30 else 1.0 + 0.1 * (i % 3) for i in range(40)]
+    steps = [Step.of(rows, [x], {}, step=i, replicate=0, loss=losses(i)) for i, x in enumerate(sizes)]
+    return diagnose(Record({"replicates": "run"}, tuple(steps)))
+
+
+def test_a_loss_that_is_not_positive_is_said_and_does_not_pass_for_an_absent_one() -> None:
+    below = jumping(lambda i: -1.0 - 0.01 * i)
+    assert "the loss is 0 or below in 40 of 40 steps" in reasons(below, "spike")
+    found = only(below, "spike")
+    assert found.severity == "warning" and "scope.log" not in found.message
+    assert "not known" in found.message
+    absent = jumping(lambda i: None)
+    assert "scope.log(loss=loss)" in reasons(absent, "spike")
+    assert "scope.log" in only(absent, "spike").message
+    positive = jumping(lambda i: 2.0 + 0.01 * (i % 4))
+    assert not reasons(positive, "spike") and only(positive, "spike").severity == "note"

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.analysis.arguments import check_coverage
 from gradscope.analysis.curve import Curve
 from gradscope.analysis.profile import Interval
 from gradscope.analysis.walk import independent_variance, long_run_variance
@@ -146,8 +147,7 @@ def end_to_end(curve: Curve, confidence: float = 0.95) -> Change | None:
     """
     from scipy.special import stdtrit
 
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is a coverage between 0 and 1, such as .95; got {confidence}")
+    check_coverage(confidence)
     complete = curve.take(curve.complete)
     if len(complete.depth) < 2:
         return None

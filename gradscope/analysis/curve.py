@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.analysis.arguments import not_a_record
 from gradscope.analysis.dtypes import SMALLEST, dtypes_inside
 from gradscope.analysis.profile import Profile, profile
 from gradscope.analysis.quantities import Quantity, find_quantity
@@ -29,6 +31,8 @@ Source = Record | Profile | npt.ArrayLike
 
 #: Below so many layers a curve has no shape to speak of.
 MINIMUM_LAYERS: Final = 4
+
+_TAKES: Final = "this takes a Record, a Profile, or an array of numbers [replicates, positions]"
 
 #: Energies whose amplitude is a quantity of its own.
 _AMPLITUDES: Final = {"act_mean_square": "act_rms"}
@@ -192,12 +196,14 @@ def _of_array(values: npt.ArrayLike, quantity: str) -> Curve:
     try:
         array = np.atleast_2d(np.asarray(values, dtype=np.float64))
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            "this takes a Record, a Profile, or an array of numbers [replicates, positions]; got an "
-            f"object of type {type(values).__name__}."
-        ) from error
+        raise TypeError(f"{_TAKES}; {not_a_record(values)}") from error
+    if values is None or isinstance(values, Real):
+        raise TypeError(f"{_TAKES}; {not_a_record(values)}")
     if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < 2:
-        raise ValueError(f"an array of values is [replicates, positions]; got shape {array.shape}")
+        raise ValueError(
+            "an array of values is [replicates, positions], with two positions or more; got shape "
+            f"{array.shape if np.ndim(values) > 1 else np.shape(values)}"
+        )
     if (array < 0).any():
         raise ValueError("an array of values holds norms, not logarithms: it has negative entries")
     order = slice(None) if asked.forward else slice(None, None, -1)

@@ -259,6 +259,8 @@ def _penalty(parameters: int, size: int) -> float:
 def _families(families: Iterable[str | Family] | None) -> list[Family]:
     if families is None:
         return list(FAMILIES.values())
+    if not isinstance(families, Iterable):
+        raise TypeError(f"families= is a family's name, or several names or families; got {families!r}")
     chosen: list[Family] = []
     for each in families:
         if isinstance(each, Family):

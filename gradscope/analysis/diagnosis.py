@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from numbers import Real
+from typing import Final, Literal
 
 from gradscope.analysis import rules as _rules
+from gradscope.analysis.arguments import as_record, meant
 from gradscope.analysis.finding import (
     RULES,
     SEVERITIES,
@@ -56,6 +59,7 @@ class Diagnosis:
         not_checked: (rule, reason) for every rule that could not look, at all or at something. A rule
             that is neither here nor among the findings has looked and found nothing.
         checked: names of the rules that were asked.
+        values: number of values in the Record that were measured, over all steps.
     """
 
     model: str
@@ -63,11 +67,30 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     not_checked: tuple[NotChecked, ...]
     checked: tuple[str, ...]
+    values: int
+
+    @property
+    def word(self) -> Literal["healthy", "unhealthy", "nothing recorded", "nothing checked"]:
+        """``unhealthy``: a finding is worse than a note. ``healthy``: none is, and rules have looked.
+
+        ``nothing recorded`` where no value was measured, ``nothing checked`` where every rule says that
+        it could not look, at all or at something.
+        """
+        if any(finding.severity != "note" for finding in self.findings):
+            return "unhealthy"
+        if not self.values:
+            return "nothing recorded"
+        blind = {item.rule for item in self.not_checked}
+        return "healthy" if self.findings or set(self.checked) - blind else "nothing checked"
 
     @property
     def healthy(self) -> bool:
-        """Whether no finding is worse than a note. What could not be checked is in ``not_checked``."""
-        return all(finding.severity == "note" for finding in self.findings)
+        """Whether rules have looked and no finding is worse than a note.
+
+        What could not be checked is in ``not_checked``. False too where nothing was recorded or checked:
+        `word` tells these from a fault.
+        """
+        return self.word == "healthy"
 
     @property
     def roots(self) -> tuple[Finding, ...]:
@@ -95,8 +118,9 @@ class Diagnosis:
         where = f"{self.model}, step {first}" if first == last else f"{self.model}, steps {first}–{last}"
         blind = len({item.rule for item in self.not_checked})
         looked = f"{len(self.checked)} rules, {blind} of them not or not fully judged"
-        word = "healthy" if self.healthy else "unhealthy"
-        return f"{where}: {word}: {found or 'nothing found'} ({looked})"
+        if not found:
+            found = "no value was measured" if not self.values else "nothing found"
+        return f"{where}: {self.word}: {found} ({looked})"
 
     def __str__(self) -> str:
         lines = [self.summary]
@@ -173,9 +197,10 @@ def diagnose(
 
     Raises:
         QuantityError: the Record holds no step, or not that trunk.
-        ValueError: an unknown rule or threshold, or two rules of one name.
+        ValueError: an unknown rule or threshold, no rule at all, or two rules of one name.
+        TypeError: no Record, or rules or thresholds of another shape.
     """
-    if not record.steps:
+    if not as_record(record, "diagnose").steps:
         raise QuantityError(
             "the Record holds no step, so there is nothing to diagnose. A step is complete when the next "
             "one begins, when the scope is closed, or when scope.step() is called."
@@ -184,7 +209,7 @@ def diagnose(
         known = ", ".join(map(repr, record.trunks)) or "none"
         raise QuantityError(f"no trunk {trunk!r} in this Record; its trunks are {known}.")
     asked = _by_name(RULES.values() if rules is None else rules)
-    overridden = _checked_thresholds(asked, thresholds or {})
+    overridden = _checked_thresholds(asked, {} if thresholds is None else thresholds)
     view = View(record)
     found: list[Finding] = []
     blind: list[NotChecked] = []
@@ -204,12 +229,22 @@ def diagnose(
         findings=_linked(found, asked),
         not_checked=tuple(dict.fromkeys(blind)),
         checked=tuple(asked),
+        values=sum(int((step.status == 0).sum()) for step in record.steps),
     )
 
 
 def _by_name(rules: Iterable[Rule]) -> dict[str, Rule]:
+    rules = rules.values() if isinstance(rules, Mapping) else rules
+    if isinstance(rules, Rule | str) or not isinstance(rules, Iterable):
+        raise TypeError(
+            f"rules= takes several rules, such as [gradscope.analysis.RULES['vanishing']]; got {rules!r}"
+        )
     asked: dict[str, Rule] = {}
     for item in rules:
+        if isinstance(item, str) and item in RULES:
+            raise ValueError(
+                f"rules= takes rules, not their names: [gradscope.analysis.RULES[{item!r}], …]"
+            )
         if not isinstance(item, Rule):
             raise ValueError(
                 f"rules= takes rules made by the decorator gradscope.analysis.rule(...); got {item!r}. "
@@ -217,24 +252,45 @@ def _by_name(rules: Iterable[Rule]) -> dict[str, Rule]:
             )
         if asked.setdefault(item.name, item) is not item:
             raise ValueError(f"rules= holds two rules named {item.name!r}: leave one out")
+    if not asked:
+        raise ValueError("rules= is empty: there is no rule to ask. None asks all of the house.")
     return asked
+
+
+_SHAPE: Final = 'thresholds= is rule → threshold → number, such as {"vanishing": {"nats": 2.0}}'
 
 
 def _checked_thresholds(
     asked: Mapping[str, Rule], thresholds: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
+    if not isinstance(thresholds, Mapping):
+        raise TypeError(f"{_SHAPE}; got {thresholds!r}")
+    checked: dict[str, dict[str, float]] = {}
     for name, values in thresholds.items():
         if name not in asked:
-            raise ValueError(f"thresholds= names no rule {name!r}; the rules are {', '.join(asked)}")
-        unknown = [key for key in values if key not in asked[name].thresholds]
-        if unknown:
             raise ValueError(
-                f"the rule {name!r} has no threshold {unknown[0]!r}; it has "
-                f"{', '.join(asked[name].thresholds) or 'none'}"
+                f"thresholds= names no rule {name!r}. {meant(name, asked)}The rules are "
+                f"{', '.join(asked)}"
             )
-    return {
-        name: {key: float(value) for key, value in values.items()} for name, values in thresholds.items()
-    }
+        known = asked[name].thresholds
+        if not isinstance(values, Mapping):
+            one = next(iter(known))
+            raise TypeError(
+                f"{_SHAPE}; got {values!r} for {name!r}. Write {{{name!r}: {{{one!r}: {values!r}}}}}: "
+                f"its thresholds are {', '.join(known)}."
+            )
+        for key, value in values.items():
+            if key not in known:
+                raise ValueError(
+                    f"the rule {name!r} has no threshold {key!r}. {meant(key, known)}It has "
+                    f"{', '.join(known) or 'none'}"
+                )
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"the threshold {key!r} of {name!r} is a number; got {value!r}")
+            if not (0 <= value < math.inf and (value > 0 or known[key].value == 0)):
+                raise ValueError(f"the threshold {key!r} of {name!r} is a number above 0; got {value}")
+        checked[name] = {key: float(value) for key, value in values.items()}
+    return checked
 
 
 def _linked(found: list[Finding], asked: Mapping[str, Rule]) -> tuple[Finding, ...]:

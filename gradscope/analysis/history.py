@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.analysis.arguments import as_record
 from gradscope.analysis.quantities import Quantity, find_quantity
 from gradscope.analysis.trunk import NO_PARAMETERS, NOT_RECORDED, OK, Trunk, Values
 from gradscope.errors import QuantityError
@@ -82,7 +83,7 @@ def history(record: Record, quantity: str = "grad_l2", *, trunk: str | None = No
             Record that the quantity could be derived from.
     """
     asked = find_quantity(quantity)
-    trunks = record.trunks
+    trunks = as_record(record, "history").trunks
     notes: list[str] = []
     if not record.steps:
         raise QuantityError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.analysis.arguments import as_record, check_coverage
 from gradscope.analysis.history import History, history
 from gradscope.analysis.quantities import find_quantity
 from gradscope.analysis.trunk import OK
@@ -63,8 +64,7 @@ def interval(samples: Iterable[float], confidence: float = 0.95) -> Interval:
         samples: one number per replicate.
         confidence: coverage, in (0, 1).
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is a coverage between 0 and 1, such as .95; got {confidence}")
+    check_coverage(confidence)
     x = np.asarray(list(samples), dtype=np.float64)
     x = x[~np.isnan(x)]
     n = len(x)
@@ -261,7 +261,7 @@ def profile(
         QuantityError: no such quantity, trunk or step, several trunks to choose from, or nothing in
             the Record that the quantity could be derived from.
     """
-    full = history(record, quantity, trunk=trunk)
+    full = history(as_record(record, "profile"), quantity, trunk=trunk)
     notes = list(full.notes)
     steps = _chosen_steps(full, step, notes)
     rows = np.flatnonzero(np.isin(full.steps, steps))
@@ -307,7 +307,9 @@ def _chosen_steps(full: History, step: int | Sequence[int] | None, notes: list[s
             )
         steps = [int(s) for s in given]
         unknown = sorted(set(steps) - set(recorded))
-        if unknown or not steps:
+        if not steps:
+            raise QuantityError("step= is empty: there is no step to take. None takes the last one.")
+        if unknown:
             raise QuantityError(
                 f"no step {_spans(unknown)} in this Record; it holds {len(recorded)} steps: "
                 f"{_spans(recorded)}."

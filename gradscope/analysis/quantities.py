@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from gradscope.analysis.arguments import meant
 from gradscope.analysis.trunk import (
     NO_PARAMETERS,
     NOT_RECORDED,
@@ -135,14 +136,17 @@ def find_quantity(name: str) -> Quantity:
     """The quantity of that name.
 
     Raises:
-        QuantityError: there is none; the message lists the names.
+        QuantityError: there is none; the message lists the names, the nearest first.
+        TypeError: the name is no string.
     """
-    try:
-        return QUANTITIES[name]
-    except KeyError:
+    if not isinstance(name, str):
+        raise TypeError(f"a quantity is given by its name, such as 'grad_l2'; got {name!r}")
+    if name not in QUANTITIES:
         raise QuantityError(
-            f"no quantity {name!r}; the quantities are {', '.join(sorted(QUANTITIES))}."
-        ) from None
+            f"no quantity {name!r}. {meant(name, QUANTITIES)}The quantities are "
+            f"{', '.join(sorted(QUANTITIES))}."
+        )
+    return QUANTITIES[name]
 
 
 # -- gradients on the stream ---------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Final
 
+from gradscope.analysis.arguments import check_coverage
 from gradscope.analysis.change import DepthScale, end_to_end
 from gradscope.analysis.curve import MINIMUM_LAYERS, Curve, Source, as_curve
 from gradscope.analysis.decay import DecayFit, fit_curve
@@ -77,6 +79,26 @@ class Verdict:
         return abs(self.delta.estimate) / 3
 
     @property
+    def without_first_block(self) -> Verdict | None:
+        """The verdict on all other blocks, where the first one alone makes this one what it is.
+
+        That is where this one is ``vanishing`` or ``exploding``, h_1 .. h_L by themselves change by less
+        than the threshold, and the first block changes the signal by more than they do. Its input h_0
+        has a scale of its own: embeddings are often drawn much smaller than what blocks put out, and
+        the first norm then multiplies gradients by the ratio (Takase et al. 2023, arXiv:2312.16903).
+        None everywhere else.
+        """
+        judged = self.word in ("vanishing", "exploding") and math.isfinite(self.delta.estimate)
+        if not judged or not (self.curve.depth == 0).any():
+            return None
+        others = _judged(
+            self.curve.take(self.curve.depth > 0), self.model, self.threshold, self.delta.confidence
+        )
+        rest = others.delta.estimate
+        alone = abs(rest) < min(self.threshold, abs(self.delta.estimate - rest))  # False for NaN
+        return others if alone and others.word in ("preserved", "inconclusive") else None
+
+    @property
     def claim(self) -> str:
         """What the verdict is about: the architecture, or this model only."""
         if self.replicates == 1 and self.kind == "initialisation":
@@ -108,6 +130,12 @@ class Verdict:
             lines.append(
                 f"  p = {self.p_value:.3g}, after Holm's correction over {self.comparisons} comparisons "
                 f"{self.adjusted_p_value:.3g}"
+            )
+        others = self.without_first_block
+        if others is not None:
+            lines.append(
+                f"  it is the first block that does this: from its output on, {others.word}, "
+                f"Δ = {others.delta} nats"
             )
         lines += [f"  left out: {text}" for text in self.curve.dropped()]
         return "\n".join(lines)
@@ -231,6 +259,7 @@ def verdicts(
 
     Raises:
         QuantityError: as `verdict`.
+        ValueError: no model or no quantity at all.
     """
     if not isinstance(sources, Mapping):
         raise TypeError(
@@ -238,7 +267,12 @@ def verdicts(
             f"of type {type(sources).__name__}. One alone: gradscope.verdict(record)."
         )
     _check(threshold)
+    check_coverage(confidence)
+    if not isinstance(quantities, Iterable):
+        raise TypeError(f"quantities= is a quantity's name, or several; got {quantities!r}")
     asked = (quantities,) if isinstance(quantities, str) else tuple(quantities)
+    if not sources or not asked:
+        raise ValueError("verdicts() was given no model or no quantity: there is nothing to judge")
     raw: list[Verdict] = []
     for i, quantity in enumerate(asked):
         for name, source in sources.items():
@@ -266,6 +300,8 @@ def verdicts(
 
 
 def _check(threshold: float) -> None:
+    if not isinstance(threshold, Real):
+        raise TypeError(f"threshold= is a positive number of nats; got {threshold!r}")
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold= is a positive number of nats; got {threshold}")
 

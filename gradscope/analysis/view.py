@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,12 @@ import numpy.typing as npt
 from gradscope.analysis.trunk import NOT_RECORDED, OK, Trunk
 from gradscope.record import Record, Step
 
-__all__ = ["Grid", "Site", "View", "spans"]
+__all__ = ["NO_AXIS", "Grid", "Site", "View", "spans"]
+
+#: What rules say that need a depth axis.
+NO_AXIS: Final = (
+    'no depth axis: no trunk of repeated blocks was found; say which layers are the blocks: layers="….*"'
+)
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -149,6 +154,9 @@ class View:
 
     def why_absent(self, signal: str, statistic: str) -> str:
         """Why there is none, in words."""
+        kind = self.record.header.get("replicates", "run")
+        if signal == "update" and kind != "run":
+            return "a measurement makes no updates; gradscope.watch sees those of a training run"
         words: dict[str, None] = {}
         for step in self.steps:
             rows = self._rows(id(step.rows), signal, statistic)

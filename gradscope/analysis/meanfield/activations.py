@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.analysis.arguments import meant
 from gradscope.analysis.meanfield.gaussian import integral
 from gradscope.errors import QuantityError
 
@@ -231,7 +232,8 @@ def find_activation(activation: str | Activation | tuple[Function, Function]) ->
         known = ACTIVATIONS.get(_OTHER_NAMES.get(activation, activation))
         if known is None:
             raise QuantityError(
-                f"no activation {activation!r}; the activations are {', '.join(ACTIVATIONS)}. One's own: "
+                f"no activation {activation!r}. {meant(activation, (*ACTIVATIONS, *_OTHER_NAMES))}The "
+                f"activations are {', '.join(ACTIVATIONS)}. One's own: "
                 "Activation(name=…, phi=…, dphi=…, kinks=(…,))."
             )
         return known

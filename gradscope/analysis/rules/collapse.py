@@ -10,7 +10,7 @@ import numpy as np
 from gradscope.analysis.finding import Finding, Limits, NotChecked, Threshold, register, rule
 from gradscope.analysis.history import History, history
 from gradscope.analysis.verdict import Verdict, verdict
-from gradscope.analysis.view import Site, View, spans
+from gradscope.analysis.view import NO_AXIS, Site, View, spans
 from gradscope.errors import QuantityError
 
 __all__ = ["rank_collapse", "starved_attention"]
@@ -79,9 +79,11 @@ def rank_collapse(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
     And 1 − cosine is ten times smaller than at the trunk's input h_0, where the cosine is below .99. And,
     because a large common component raises the cosine of healthy trained models too (Ethayarajh 2019,
     arXiv:1909.00512), the gradients of queries and keys in some block are below 1e-3 of that of the
-    values, where they can be told apart; where they cannot, it is a warning. The norm of the gradient
-    may be preserved all the while: preserved, but dead.
+    values. Where they cannot be told apart, the cosine alone is a note. The norm of the gradient may be
+    preserved all the while: preserved, but dead.
     """
+    if not view.trunks:
+        yield limits.not_checked(NO_AXIS)
     for trunk in view.trunks:
         cosine = _quantity(view, limits, "token_cosine", trunk)
         if isinstance(cosine, NotChecked):
@@ -118,6 +120,23 @@ def rank_collapse(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
         )
         steps = _seen(cosine, limits["cosine"], step)
         change = f" (Δ = {gradient.delta.estimate:.2g} nats)" if gradient is not None else ""
+        known = not np.isnan(smallest)
+        if not known:
+            said = (
+                "Whether attention still learns is not known; tokens of trained models have a large "
+                "common component too."
+            )
+        else:
+            said = (
+                f"The gradients of queries and keys are down to {smallest:.2g} of that of the values "
+                f"(threshold {limits['qk_ratio']:g})."
+            )
+            if preserved:
+                said += (
+                    f" The gradient's norm does not vanish{change}, yet it tells every token the same."
+                )
+            elif gradient is not None:
+                said += f" The gradient is {gradient.word}{change}."
         yield limits.finding(
             "cosine",
             value=float(value[-1]),
@@ -126,25 +145,14 @@ def rank_collapse(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
             ],
             trunk=trunk,
             steps=steps,
-            title="preserved but dead: rank collapse" if preserved else None,
-            severity="warning" if np.isnan(smallest) else None,
+            title=(None if not preserved else "preserved but dead: rank collapse")
+            if known
+            else "tokens are nearly alike",
+            severity=None if known else "note",
             message=(
                 f"At step {step} the mean cosine between tokens is {value[-1]:.4f} at the end of {trunk} "
                 f"(threshold {limits['cosine']:g}; {value[0]:.2g} at its input), and above it from "
-                f"{cosine.layers[start]} on."
-                + (
-                    f" The gradients of queries and keys are down to {smallest:.2g} of that of the "
-                    f"values (threshold {limits['qk_ratio']:g})."
-                    if not np.isnan(smallest)
-                    else ""
-                )
-                + (
-                    f" The gradient's norm does not vanish{change}, yet it tells every token the same."
-                    if preserved
-                    else f" The gradient is {gradient.word}{change}."
-                    if gradient is not None
-                    else ""
-                )
+                f"{cosine.layers[start]} on. {said}"
             ),
             cause="Attention without skips averages the tokens, doubly exponentially fast in depth.",
             remedy="Add skip connections around the attention, or scale the branches so that the skip "
@@ -186,6 +194,8 @@ def starved_attention(view: View, limits: Limits) -> Iterator[Finding | NotCheck
     Where the tokens are all alike, or the logits so small that attention is uniform, what it looks at
     makes no difference, and nothing teaches queries and keys to look elsewhere.
     """
+    if not view.trunks:
+        yield limits.not_checked(NO_AXIS)
     for trunk in view.trunks:
         ratio = _quantity(view, limits, "qk_ratio", trunk)
         if isinstance(ratio, NotChecked):

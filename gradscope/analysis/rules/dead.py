@@ -54,6 +54,13 @@ def _norms(view: View) -> Iterator[tuple[str, Grid]]:
         yield signal, grid
 
 
+_NO_NORM: Final = "no norm (l2) of any activation or gradient in the Record"
+
+
+def _any_norm(view: View) -> bool:
+    return any(grid.ok.any() for _, grid in _norms(view))
+
+
 def _trailing_zeros(series: npt.NDArray[np.float64]) -> int:
     """Number of exact zeros at the end."""
     alive = np.flatnonzero(series != 0)
@@ -113,9 +120,14 @@ def dead_layer(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
     where it starts: the first zero activation in the forward pass, else the zero gradient nearest to
     the loss. Parameters count by module: a bias alone may have no gradient.
     """
-    looked = any(grid.ok.any() for _, grid in _norms(view))
-    if not looked:
-        yield limits.not_checked("no norm (l2) of any activation or gradient in the Record")
+    longest = max(len(rows) for rows in view.runs)
+    if not _any_norm(view):
+        yield limits.not_checked(_NO_NORM)
+    elif longest < limits["steps"]:
+        yield limits.not_checked(
+            f"needs {limits['steps']:g} recorded steps of one run; there "
+            f"{'is' if longest == 1 else 'are'} {longest}"
+        )
     merged: dict[tuple[int, tuple[Site, ...]], Finding] = {}
     for rows in view.runs:
         for had, least in ((True, limits["steps"]), (False, limits["from_start"] + 1)):
@@ -171,7 +183,7 @@ def _cause(sites: dict[str, list[Site]]) -> str:
     severity="note",
     citation=_ZERO_INIT,
     thresholds={"from_start": _LONG},
-    explained_by=("dead_layer",),
+    explained_by=("underflow", "dead_layer"),
 )
 def zero_by_construction(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
     """Activations or gradients that are exactly zero since the first step, for at most 20 recorded steps.
@@ -179,6 +191,8 @@ def zero_by_construction(view: View, limits: Limits) -> Iterator[Finding | NotCh
     A zero-initialised head, ReZero's α, LoRA's B: nothing passes at first, by design. A note; only what
     lasts longer than 20 recorded steps is called dead.
     """
+    if not _any_norm(view):
+        yield limits.not_checked(_NO_NORM)
     named: dict[tuple[Site, ...], Finding] = {}
     for rows in view.runs:
         found = _zero_since(view, rows, from_start=True, least=1, most=limits["from_start"])

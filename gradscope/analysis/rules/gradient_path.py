@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradscope.analysis.finding import Finding, Limits, NotChecked, Threshold, register, rule
-from gradscope.analysis.view import Site, View, spans
+from gradscope.analysis.view import NO_AXIS, Site, View, spans
 
 __all__ = ["no_gradient_path"]
 
@@ -41,7 +41,7 @@ def no_gradient_path(view: View, limits: Limits) -> Iterator[Finding | NotChecke
     First is the layer nearest to the loss: what stands before it may only follow.
     """
     if not view.trunks:
-        yield limits.not_checked("no depth axis: layers off it may be unused by design")
+        yield limits.not_checked(NO_AXIS)
         return
     gradients, activations = view.grid("output_grad", "l2"), view.grid("activation", "l2")
     words = view.words("output_grad", "l2")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from gradscope.analysis.dtypes import SMALLEST, dtypes_of
 from gradscope.analysis.finding import Finding, Limits, NotChecked, Threshold, register, rule
-from gradscope.analysis.view import Grid, Site, View, spans
+from gradscope.analysis.view import Grid, Site, View
 
-__all__ = ["non_finite", "skipped_steps", "underflow"]
+__all__ = ["non_finite", "skipped_steps"]
 
 _MIXED_PRECISION: Final = "Micikevicius et al. 2018, Mixed precision training, arXiv:1710.03740"
 
@@ -175,8 +173,14 @@ def skipped_steps(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
     A scaler halves its factor at every overflow and skips that step; that settles within 16 steps. One
     that goes on skipping sees gradients that are not finite at any scale.
     """
+    seen = [not math.isnan(scale) for scale in view.loss_scale.tolist()]
+    if not any(seen) and not any("skipped step" in step.statuses for step in view.steps):
+        yield limits.not_checked("no gradient scaler was seen, and no step that one had skipped")
+        return
+    longest = 0
     for rows in view.runs:
         later = [row for row in rows.tolist() if view.steps[row].step >= limits["settling"]]
+        longest = max(longest, len(later))
         skipped = [row for row in later if "skipped step" in view.steps[row].statuses]
         share = len(skipped) / len(later) if later else 0.0
         if len(skipped) >= limits["least"] and share > limits["share"]:
@@ -195,111 +199,8 @@ def skipped_steps(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
                 remedy="Find the layer: run one batch in float32 and look for non-finite values. "
                 "bfloat16 has float32's range and needs no scaler.",
             )
-
-
-@register
-@rule(
-    name="underflow",
-    title="gradients underflow",
-    citation=_MIXED_PRECISION,
-    thresholds={
-        "zeros": Threshold(
-            value=0.5,
-            unit="1",
-            source="half of the elements lost; Micikevicius et al. 2018 saw divergence when small "
-            "gradients became zeros",
-        ),
-        "floor": Threshold(
-            value=16,
-            unit="smallest numbers",
-            source="elements this close to the dtype's smallest number have 4 bits or fewer",
-        ),
-    },
-    needs=[("output_grad", "zeros"), ("output_grad", "count"), ("output_grad", "l2")],
-    explained_by=("update_ratio",),
-)
-def underflow(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
-    """Gradients that are exactly 0 because their dtype holds nothing smaller.
-
-    More than half of the elements of an output's gradient are exactly 0, and the rms of the others is
-    below 16 times the dtype's smallest number. Zeros alone prove nothing: ReLU, dropout and masked
-    losses make them too. The dtype is the header's, the finest where several were seen (autocast);
-    a gradient in float16 among others is recognised by its elements, whole multiples of 2⁻²⁴.
-    """
-    zeros, count, l2 = (view.grid("output_grad", s) for s in ("zeros", "count", "l2"))
-    absmax = view.grid("output_grad", "absmax")
-    if not (zeros.sites == count.sites == l2.sites):
-        yield limits.not_checked("zeros, count and l2 are not of the same outputs")
-        return
-    names = dtypes_of(view.record.header)
-    known = [name for name in names if name in SMALLEST]
-    if not known:
+    if longest < limits["least"]:
         yield limits.not_checked(
-            f"the dtype {names[0]!r} has no known smallest number" if names else "the header has no dtype"
+            f"needs {limits['least']:g} recorded steps from step {limits['settling']:g} on, when a "
+            f"scaler has settled; there are {longest}"
         )
-        return
-    normal = bool(view.record.header.get("flush_denormal"))
-    floor = min(SMALLEST[name][1 if normal else 0] for name in known)
-    with np.errstate(all="ignore"):
-        # In the dtype, gradients still carry the loss scale.
-        scale = np.where(np.isnan(view.loss_scale), 1.0, view.loss_scale)[:, None]
-        rms = l2.value * scale / np.sqrt(count.value - zeros.value)
-        share = zeros.value / count.value
-    floors = np.full(rms.shape, floor)
-    if absmax.sites == l2.sites:
-        floors[_on_half_grid(absmax.value * scale)] = SMALLEST["float16"][0]
-    near = rms < limits["floor"] * floors
-    present = l2.ok & (count.value > 0)
-    hit = present & (l2.value > 0) & near & (share > limits["zeros"])
-    for rows in view.runs:
-        where = hit[rows]
-        if not where.any():
-            continue
-        at = int(np.flatnonzero(where.any(1))[-1])
-        row = int(rows[at])
-        partly = np.flatnonzero(hit[row])
-        # Nothing at all comes through further from the loss than what is nearly gone.
-        whole = [i for i in range(int(partly.max())) if present[row, i] and l2.value[row, i] == 0]
-        columns = sorted({*partly.tolist(), *whole}, reverse=True)
-        start = int(max(partly, key=lambda i: share[row, i]))
-        sites = _names_first(l2.sites, columns, int(partly.max()))
-        seen = rows[where.any(1)]
-        factor = view.loss_scale[row]
-        yield limits.finding(
-            "zeros",
-            value=float(share[row, start]),
-            sites=sites,
-            steps=view.span(seen),
-            message=(
-                f"At step {view.steps[row].step}, {share[row, start]:.0%} of the gradient at the output "
-                f"of {l2.sites[start].name} is exactly 0 (threshold {limits['zeros']:.0%}), and the rest "
-                f"has an rms of {rms[row, start]:.2g} (threshold {limits['floor']:g} times the smallest "
-                f"number of its dtype, {floors[row, start]:.2g}). Outputs concerned: "
-                f"{spans([site.name for site in sites])}."
-            ),
-            cause=(
-                "Gradients in float16 without loss scaling."
-                if math.isnan(factor) and floors[row, start] == SMALLEST["float16"][0]
-                else f"A loss scale of {factor:g} is too small for these gradients."
-                if not math.isnan(factor)
-                else "The gradient decays below the smallest number of its dtype."
-            ),
-            remedy="Use torch.amp.GradScaler, or bfloat16 instead of float16. Where float32 underflows, "
-            "the gradient vanishes over depth: add skips or norms.",
-        )
-
-
-def _on_half_grid(largest: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Largest elements below 2⁻¹⁴ that are whole multiples of 2⁻²⁴: the subnormal numbers of float16.
-
-    Of float32 numbers of that size one in 2¹⁴ or fewer are.
-    """
-    with np.errstate(invalid="ignore"):
-        steps = largest / SMALLEST["float16"][0]
-        small = (largest > 0) & (largest < SMALLEST["float16"][1])
-        return np.asarray(small & (steps == np.round(steps)), dtype=np.bool_)
-
-
-def _names_first(sites: Sequence[Site], columns: Sequence[int], first: int) -> list[Site]:
-    ordered = [first, *(i for i in columns if i != first)]
-    return [sites[i] for i in ordered]

@@ -251,6 +251,15 @@ def spike(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
         yield limits.not_checked(
             f"needs more than {limits['least']:g} recorded steps of one run; there are {longest}"
         )
+    else:
+        known = view.loss[~np.isnan(view.loss)]
+        if not len(known):
+            yield limits.not_checked("the loss is not in the Record: write scope.log(loss=loss)")
+        elif (known <= 0).any():
+            yield limits.not_checked(
+                f"the loss is 0 or below in {int((known <= 0).sum())} of {len(known)} steps, where no "
+                "factor says how far it jumps: gradients alone were looked at there"
+            )
     for rows in view.runs:
         jump, deviation, hit = _jumps(values[rows], limits)
         for first, last in _episodes(np.asarray(hit.any(1), dtype=np.bool_)):
@@ -263,7 +272,9 @@ def spike(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
             others += [f"the gradient at {len(sites)} outputs"] if len(sites) > 1 else []
             steps = view.span(rows[first : last + 1])
             end = last + 1 + int(limits["after"])
-            disturbed, said = _loss_after(jump[first:end, 0], deviation[first, 0], limits)
+            disturbed, said = _loss_after(
+                view.loss[rows[first:end]], jump[first:end, 0], deviation[first, 0], limits
+            )
             yield limits.finding(
                 "factor",
                 value=factor,
@@ -285,10 +296,12 @@ def spike(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
             )
 
 
-def _loss_after(rise: Floats, deviation: float, limits: Limits) -> tuple[bool, str]:
+def _loss_after(loss: Floats, rise: Floats, deviation: float, limits: Limits) -> tuple[bool, str]:
     """Whether a spike reached the loss, and that in words."""
-    if np.isnan(rise).all() or math.isnan(deviation):
+    if np.isnan(loss).all():
         return True, "The loss is not in the record: write scope.log(loss=loss)."
+    if np.isnan(rise).all() or math.isnan(deviation):
+        return True, "Whether it reached the loss is not known: too few losses above 0 around it."
     if np.nanmax(rise) > limits["loss"] * deviation:
         factor = math.exp(min(float(np.nanmax(rise)), 700.0))
         return True, f"The loss reaches {factor:.3g} times its median."
