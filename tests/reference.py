@@ -155,6 +155,55 @@ def statistics(
     return found
 
 
+# -- effective depth -------------------------------------------------------------------------------
+
+
+def depth_by_deletion(
+    model: nn.Module, run: Callable[[nn.Module], Tensor], first: str, branches: list[str]
+) -> tuple[float, int]:
+    """Σ_i (1 − ⟨g, g_without_i⟩/‖g‖²) over all calls of these modules, and how many calls there are.
+
+    g is the gradient at the input of ``first``; for g_without_i one call's output is detached. One
+    forward and backward pass per call.
+    """
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    count, without = 0, -1
+    h: list[Tensor] = []
+
+    def detach(module: nn.Module, args: Any, out: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count - 1 != without:
+            return out
+        return out.detach() if isinstance(out, Tensor) else (out[0].detach(), *out[1:])
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if h:
+            return None
+        values = list(args) or [kwargs["hidden_states"]]
+        h.append(values[0].detach().requires_grad_())
+        if args:
+            return (h[0] * 1, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": h[0] * 1}
+
+    for name in branches:
+        modules[name].register_forward_hook(detach)
+    modules[first].register_forward_pre_hook(enter, with_kwargs=True)
+
+    def gradient(which: int) -> Tensor:
+        nonlocal count, without
+        count, without = 0, which
+        h.clear()
+        value = run(model)
+        (found,) = torch.autograd.grad(value, h, allow_unused=True, materialize_grads=True)
+        return found.double()
+
+    g = gradient(-1)
+    n = count
+    return sum(1 - float((g * gradient(i)).sum() / g.square().sum()) for i in range(n)), n
+
+
 # -- a whole model ---------------------------------------------------------------------------------
 
 

@@ -37,9 +37,9 @@ def rotating(a: float, blocks: int = 6, skip: float = 1.0) -> nn.Sequential:
     return nn.Sequential(*[Scaled(a, skip) for _ in range(blocks)]).double()
 
 
-def request(model: nn.Module, branches: str = "*.f") -> DepthRequest:
+def request(model: nn.Module, modules: str = "*.f") -> DepthRequest:
     x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return DepthRequest(model=model, batch=x, loss=lambda m, b: m(b)[:, 0].sum(), branches=branches)
+    return DepthRequest(model=model, batch=x, loss=lambda m, b: m(b)[:, 0].sum(), modules=modules)
 
 
 def test_by_energy_a_rotating_stack_is_binomial() -> None:
@@ -79,7 +79,7 @@ def test_a_gradient_that_stays_propagates_through_all_blocks() -> None:
 def test_what_has_no_gradient_has_no_depth() -> None:
     asked = request(rotating(0.7))
     zero = DepthRequest(
-        model=asked.model, batch=asked.batch, loss=lambda m, b: 0 * m(b).sum(), branches="*.f"
+        model=asked.model, batch=asked.batch, loss=lambda m, b: 0 * m(b).sum(), modules="*.f"
     )
     for name in ("gradient", "gradient_energy", "propagation"):
         found = depth_by(name, zero)

@@ -109,7 +109,7 @@ def test_a_chain_of_linear_layers_is_as_deep_as_it_is_long(layers: int) -> None:
     torch.manual_seed(0)
     chain = nn.Sequential(*[nn.Linear(8, 8) for _ in range(layers)]).double()
     x = torch.randn(5, 8, dtype=torch.float64)
-    found = effective_depth(chain, x, lambda m, b: m(b).square().mean(), branches="*")
+    found = effective_depth(chain, x, lambda m, b: m(b).square().mean(), modules="*")
     assert found.value == pytest.approx(layers, rel=1e-12)
     assert found.reading_point == "input of 0"
     assert not x.requires_grad
@@ -122,7 +122,7 @@ def test_a_stream_of_one_number_per_sample() -> None:
 
     x = torch.tensor([0.5, 2.0], dtype=torch.float64)
     model = nn.Sequential(Residual(Cube()))
-    found = effective_depth(model, x, lambda m, b: m(b).sum(), branches="0.f")
+    found = effective_depth(model, x, lambda m, b: m(b).sum(), modules="0.f")
     np.testing.assert_allclose(found.per_sample, 3 * x**2 / (1 + 3 * x**2), rtol=1e-12)
 
 
@@ -148,7 +148,7 @@ def test_linear_pre_norm_has_the_depth_of_mean_field_theory() -> None:
         model = nn.Sequential(*[LinearBlock(width) for _ in range(layers)]).double()
         x = torch.randn(4, width, dtype=torch.float64)
         v = torch.randn(width, dtype=torch.float64)
-        found = effective_depth(model, x, lambda m, b, v=v: (m(b) * v).sum(), branches="*.branch")
+        found = effective_depth(model, x, lambda m, b, v=v: (m(b) * v).sum(), modules="*.branch")
         values.append(found.value)
     mean, error = np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values))
     expected = sum(1 / k for k in range(2, layers + 2))
@@ -231,9 +231,9 @@ def linear_depth(model: nn.Sequential, x: Tensor) -> float:
 
 def test_a_linear_residual_stack_against_its_matrices() -> None:
     model, x = residual_stack(), rows(5, 4)
-    found = effective_depth(model, x, mean_square, branches=["*.f"])
+    found = effective_depth(model, x, mean_square, modules=["*.f"])
     assert found.value == pytest.approx(linear_depth(model, x), rel=1e-12)
-    single = effective_depth(model.float(), x.float(), mean_square, branches=["*.f"])
+    single = effective_depth(model.float(), x.float(), mean_square, modules=["*.f"])
     assert single.value == pytest.approx(found.value, rel=1e-5)
 
 
@@ -254,7 +254,7 @@ def test_structured_outputs_keep_their_structure(
     def depth(wrap: Callable[[Tensor], Any], take: Callable[[Any], Tensor]) -> float:
         torch.manual_seed(0)
         model = nn.Sequential(*[Structured(wrap, take) for _ in range(3)]).double()
-        return effective_depth(model, rows(5, 4), mean_square, branches="*.f").value
+        return effective_depth(model, rows(5, 4), mean_square, modules="*.f").value
 
     expected = depth(lambda y: y, lambda out: out)
     assert expected > 0
@@ -280,7 +280,7 @@ def test_torchs_own_encoder(norm_first: bool, batch_first: bool, layers: int) ->
         model,
         (x, target),
         loss,
-        branches=["layers.*.dropout1", "layers.*.dropout2"],
+        modules=["layers.*.dropout1", "layers.*.dropout2"],
         batch_dim=0 if batch_first else 1,
     )
 
@@ -314,7 +314,7 @@ def test_a_block_that_is_called_many_times_counts_every_call() -> None:
     torch.manual_seed(0)
     shared, x = Shared().double(), rows(5, 4)
     unrolled = nn.Sequential(*[shared.blocks[0]] * 4)
-    found = effective_depth(shared, x, mean_square, branches="blocks.0.f")
+    found = effective_depth(shared, x, mean_square, modules="blocks.0.f")
     assert found.branches == 4
     assert found.value == pytest.approx(linear_depth(unrolled, x), rel=1e-12)
 
@@ -332,16 +332,16 @@ def test_in_place_operations_are_read_at_the_right_point() -> None:
     model, x = residual_stack(), rows(5, 4)
     expected = linear_depth(model, x)
     changing = nn.Sequential(*[InPlace(block.f) for block in model])
-    assert effective_depth(changing, x, mean_square, branches="*.f").value == pytest.approx(expected)
+    assert effective_depth(changing, x, mean_square, modules="*.f").value == pytest.approx(expected)
     behind = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)).double()
-    found = effective_depth(behind, x, mean_square, branches=["0", "2"])
+    found = effective_depth(behind, x, mean_square, modules=["0", "2"])
     assert found.value == pytest.approx(2, rel=1e-12)
     embedded = nn.ModuleDict({"embed": nn.Linear(4, 4), "blocks": changing}).double()
 
     def loss(m: nn.ModuleDict, batch: Tensor) -> Tensor:
         return m["blocks"](m["embed"](batch)).square().mean()
 
-    inner = effective_depth(embedded, x, loss, branches="blocks.*.f")
+    inner = effective_depth(embedded, x, loss, modules="blocks.*.f")
     assert inner.value == pytest.approx(linear_depth(model, embedded["embed"](x)), rel=1e-12)
 
 
@@ -361,13 +361,13 @@ def test_checkpointing() -> None:
     # The norm behind the branch keeps its input, so that the branch itself is run again.
     x = rows(5, 4)
     model = nn.Sequential(*[nn.Sequential(one, nn.LayerNorm(4)) for one in residual_stack()]).double()
-    expected = effective_depth(model, x, weighted, branches="*.0.f")
+    expected = effective_depth(model, x, weighted, modules="*.0.f")
     assert 0.1 < expected.value < 3
-    found = effective_depth(Checkpointed(model, False), x, weighted, branches="blocks.*.0.f")
+    found = effective_depth(Checkpointed(model, False), x, weighted, modules="blocks.*.0.f")
     assert found.value == pytest.approx(expected.value, rel=1e-12)
     assert found.branches == 3
     with pytest.raises(MeasureError, match="use_reentrant=False"):
-        effective_depth(Checkpointed(model, True), x, weighted, branches="blocks.*.0.f")
+        effective_depth(Checkpointed(model, True), x, weighted, modules="blocks.*.0.f")
 
 
 def test_a_mapping_with_the_models_own_loss() -> None:
@@ -381,12 +381,12 @@ def test_a_mapping_with_the_models_own_loss() -> None:
 
     model, x = WithLoss(), rows(5, 4)
     batch = {"x": x, "scale": 2.0, "weight": torch.tensor(3.0)}
-    found = effective_depth(model, batch, branches="blocks.*.f")
+    found = effective_depth(model, batch, modules="blocks.*.f")
     assert found.value == pytest.approx(linear_depth(model.blocks, x), rel=1e-12)
     with pytest.raises(MeasureError, match="loss=lambda model, batch"):
-        effective_depth(model, x, branches="blocks.*.f")
+        effective_depth(model, x, modules="blocks.*.f")
     with pytest.raises(MeasureError, match=r"without a loss"):
-        effective_depth(model.blocks, {"input": x}, branches="*.f")
+        effective_depth(model.blocks, {"input": x}, modules="*.f")
 
 
 def test_a_frozen_model_and_a_sum_as_loss() -> None:
@@ -398,11 +398,11 @@ def test_a_frozen_model_and_a_sum_as_loss() -> None:
         return model(batch).square().sum()
 
     with torch.no_grad():
-        found = effective_depth(model, x, loss, branches="*.f")
+        found = effective_depth(model, x, loss, modules="*.f")
     assert found.value == pytest.approx(expected, rel=1e-12)
     with torch.inference_mode():
         inside = rows(5, 4)
-        assert effective_depth(model, inside, loss, branches="*.f").value == found.value
+        assert effective_depth(model, inside, loss, modules="*.f").value == found.value
 
 
 # -- nothing is left behind ----------------------------------------------------------------
@@ -440,15 +440,15 @@ def test_nothing_of_the_model_or_the_random_state_changes(fails: bool) -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         torch.rand(3), random.random(), np.random.rand()
         value = mean_square(model, batch)
-        if fails and len(batch) == 10:
+        if fails and len(batch) == 2:
             raise KeyError("in the second pass")
         return value
 
     if fails:
         with pytest.raises(KeyError):
-            effective_depth(model, x, loss, branches="*.f")
+            effective_depth(model, x, loss, modules="*.f")
     else:
-        effective_depth(model, x, loss, branches="*.f")
+        effective_depth(model, x, loss, modules="*.f")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert versions == [p._version for p in model.parameters()]
@@ -465,12 +465,12 @@ def test_nothing_of_the_model_or_the_random_state_changes(fails: bool) -> None:
 
 def test_a_gradient_of_exactly_zero_has_no_depth() -> None:
     model = residual_stack()
-    found = effective_depth(model, rows(5, 4), lambda m, b: 0 * m(b).sum(), branches="*.f")
+    found = effective_depth(model, rows(5, 4), lambda m, b: 0 * m(b).sum(), modules="*.f")
     assert math.isnan(found.value)
     assert found.gradient_l2 == 0
     assert "exactly 0" in found.status
     assert str(found).startswith("no effective depth at the input of 0: the gradient there is exactly 0")
-    broken = effective_depth(model, rows(5, 4), lambda m, b: m(b).sum() * math.inf, branches="*.f")
+    broken = effective_depth(model, rows(5, 4), lambda m, b: m(b).sum() * math.inf, modules="*.f")
     assert math.isnan(broken.value)
     assert "not finite" in broken.status
 
@@ -480,7 +480,7 @@ def test_one_sample_without_gradient_is_absent_alone() -> None:
         return (model(batch["x"]).square() * batch["weight"][:, None]).mean()
 
     weight = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
-    found = effective_depth(residual_stack(), {"x": rows(3, 4), "weight": weight}, loss, branches="*.f")
+    found = effective_depth(residual_stack(), {"x": rows(3, 4), "weight": weight}, loss, modules="*.f")
     assert np.isnan(found.per_sample).tolist() == [False, True, False]
     assert math.isfinite(found.value)
 
@@ -497,20 +497,21 @@ def refusals() -> Iterator[Any]:
         return pytest.param(call, error, said, id=name)
 
     def run(
-        model: nn.Module, branches: Any = "*.f", loss: Any = mean_square, batch: Any = None, **k: Any
+        model: nn.Module, modules: Any = "*.f", loss: Any = mean_square, batch: Any = None, **k: Any
     ) -> Any:
-        return effective_depth(
-            model, rows(6, 4) if batch is None else batch, loss, branches=branches, **k
-        )
+        return effective_depth(model, rows(6, 4) if batch is None else batch, loss, modules=modules, **k)
 
     def normed(**settings: Any) -> nn.Sequential:
         return residual_stack(make=lambda: nn.BatchNorm1d(4, **settings))
 
     yield case(
-        "unknown branches", MeasureError, r'branches=\["blocks', lambda: run(residual_stack(), None)
+        "unknown branches",
+        MeasureError,
+        r"not known what is a residual branch in 0, sublayer 0: MulBackward0.*modules=\[",
+        lambda: run(nn.Sequential(*[Gate() for _ in range(2)]).double(), None),
     )
-    yield case("no branches", MeasureError, "branches= is empty", lambda: run(residual_stack(), []))
-    yield case("a pattern", LayerError, "branches='x.*'", lambda: run(residual_stack(), "x.*"))
+    yield case("no branches", MeasureError, "modules= is empty", lambda: run(residual_stack(), []))
+    yield case("a pattern", LayerError, "modules='x.*'", lambda: run(residual_stack(), "x.*"))
     yield case(
         "nested",
         MeasureError,
@@ -521,7 +522,7 @@ def refusals() -> Iterator[Any]:
     yield case(
         "blocks that are not called",
         MeasureError,
-        "holds a branch but was not called",
+        "None of the blocks of ModuleDict was called",
         lambda: run(
             nn.ModuleDict({"0": nn.ModuleDict({"f": nn.Linear(4, 4)})}).double(),
             loss=lambda m, b: m["0"]["f"](b).sum(),
@@ -587,7 +588,7 @@ def refusals() -> Iterator[Any]:
     yield case(
         "another model",
         MeasureError,
-        "not called",
+        "None of the blocks of Sequential was called",
         lambda: run(residual_stack(), loss=lambda m, b: residual_stack()(b).sum()),
     )
     yield case("a vector", MeasureError, "scalar", lambda: run(residual_stack(), loss=lambda m, b: m(b)))
@@ -628,7 +629,7 @@ def refusals() -> Iterator[Any]:
     yield case(
         "the wrong dimension",
         MeasureError,
-        "batch_dim= the dimension",
+        "influence each other",
         lambda: run(
             nn.Sequential(Mixed(), Mixed()).double(),
             "*.f",
@@ -637,6 +638,17 @@ def refusals() -> Iterator[Any]:
             batch_dim=1,
         ),
     )
+
+
+class Gate(nn.Module):
+    """x·σ(Wx), which has no skip, although x itself is a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.f(x))
 
 
 class Noise(nn.Module):
@@ -676,7 +688,54 @@ def test_what_cannot_be_measured_says_why(
 
 def test_the_checks_are_reported() -> None:
     found = effective_depth(transformer("pre_norm"), text(), next_token_loss)
-    assert 0 <= found.checks.copies_difference < 1e-12
-    assert 0 <= found.checks.untagged_difference < 1e-12
+    assert 0 <= found.checks.values_difference < 1e-12
+    assert 0 <= found.checks.gradient_difference < 1e-12
+    assert math.isnan(found.checks.sum_difference)
     assert found.method == "gradient"
     assert not found.per_sample.flags.writeable
+    single = effective_depth(transformer("pre_norm"), text(1), next_token_loss)
+    assert math.isnan(single.checks.values_difference)
+    assert single.per_sample.tolist() == [pytest.approx(single.value, rel=1e-14)]
+
+
+@pytest.mark.parametrize("variant", ["pre_norm", "post_norm"])
+def test_with_the_spectrum_behind_it(variant: str) -> None:
+    model, batch = transformer(variant), text()
+    found = effective_depth(model, batch, next_token_loss, spectrum=True)
+    parts = torch.zeros(7, 3, 6, 16, dtype=torch.float64)
+    for path in itertools.product([False, True], repeat=6):
+        parts[sum(path)] += gradient_along(model, batch, [not p for p in path], list(path))
+    g = parts.sum(0)
+    square = float(g.square().sum())
+    weights = [float((c * g).sum()) / square for c in parts]
+    assert found.cancellation == pytest.approx(float(parts.square().sum()) / square, rel=1e-12)
+    assert found.absolute == pytest.approx(sum(map(abs, weights)), rel=1e-12)
+    assert found.value == pytest.approx(sum(k * w for k, w in enumerate(weights)), rel=1e-12)
+    assert found.spectrum is not None
+    np.testing.assert_allclose(found.spectrum.weight, weights, rtol=1e-11)
+    assert "κ = " in str(found) and "Σ|w_k| = " in str(found)
+    without = effective_depth(model, batch, next_token_loss)
+    assert without.value == found.value
+    assert math.isnan(without.cancellation) and math.isnan(without.absolute)
+    assert without.spectrum is None
+
+
+@pytest.mark.parametrize("variant", ["pre_norm", "no_skip"])
+def test_in_parts_it_is_the_same(variant: str) -> None:
+    model, batch = transformer(variant), text(5)
+    whole = effective_depth(model, batch, next_token_loss)
+    with pytest.raises(MeasureError, match=r"Write max_bytes=\d+") as caught:
+        effective_depth(model, batch, next_token_loss, max_bytes=9)
+    one = int(str(caught.value).split("Write max_bytes=")[1].split(",")[0])
+    for size in (1, 2, 3):
+        found = effective_depth(
+            model,
+            batch,
+            next_token_loss,
+            max_bytes=size * one,
+            spectrum=variant == "no_skip" and size == 2,
+        )
+        assert found.value == pytest.approx(whole.value, rel=1e-12)
+        np.testing.assert_allclose(found.per_sample, whole.per_sample, rtol=1e-11)
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        effective_depth(model, batch, next_token_loss, max_bytes=0)

@@ -175,7 +175,7 @@ def test_the_effective_depth_of_pre_norm_is_a_harmonic_number() -> None:
     for seed in range(32):
         torch.manual_seed(seed)
         depth = gradscope.effective_depth(
-            _pre_norm().double(), _unit_inputs(8), probe_sum, branches="blocks.*.branch"
+            _pre_norm().double(), _unit_inputs(8), probe_sum, modules="blocks.*.branch"
         )
         assert depth.status == "ok"
         assert depth.branches == L

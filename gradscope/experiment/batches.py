@@ -17,14 +17,12 @@ from gradscope.collect.probes import tensors_in
 from gradscope.errors import MeasureError
 
 __all__ = [
-    "copied_twice",
     "first_float",
     "loss_or_own",
     "mapped",
     "model_loss",
     "own_random_state",
     "part_of",
-    "repeated",
     "replaced",
     "sample_count",
 ]
@@ -105,19 +103,6 @@ def part_of(batch: Any, dim: int, start: int, stop: int) -> Any:
             tensor.detach().narrow(dim, start, stop - start) if tensor.dim() else tensor.detach()
         ).clone(),
     )
-
-
-def repeated(batch: Any, dim: int, copies: int) -> Any:
-    """The whole batch several times, one copy behind the other, along the dimension of the samples."""
-    return mapped(
-        batch,
-        lambda t, path: torch.cat((t,) * copies, dim).detach() if t.dim() else t.detach().clone(),
-    )
-
-
-def copied_twice(batch: Any, dim: int) -> tuple[Any, Any]:
-    """The batch on tensors of its own, and the batch twice along the dimension of the samples."""
-    return part_of(batch, dim, 0, sample_count(batch, dim)), repeated(batch, dim, 2)
 
 
 def loss_or_own(loss: Callable[[Any, Any], Tensor] | None, batch: Any) -> Callable[[Any, Any], Tensor]:

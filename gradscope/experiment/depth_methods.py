@@ -40,14 +40,16 @@ class DepthRequest:
         model: the model, not yet copied or changed.
         batch: the batch.
         loss: ``loss(model, batch)``; None for the model's own.
-        branches: names of the branches' modules; None: they are found.
+        trunk: the trunk by name; None: the one that the loss hangs on.
+        modules: names of the modules whose outputs are the branches; None: they are found.
         batch_dim: the dimension of the samples.
     """
 
     model: nn.Module
     batch: Any
     loss: Callable[[Any, Any], Tensor] | None
-    branches: str | Sequence[str] | None = None
+    trunk: str | None = None
+    modules: str | Sequence[str] | None = None
     batch_dim: int = 0
 
 

@@ -10,16 +10,18 @@ D is 0 for the identity, n for a chain of n branches without skips, and additive
 weights ⟨c_k, g⟩/‖g‖² sum to 1 but may be negative, so D may leave [0, n]. It says how deep a model
 *is* for its gradient; it is no quality score.
 
-**How it is computed.** The batch is copied twice, and the backward pass carries the pair (g, ġ), with
-ġ = dg/dt: every branch output maps it to (g, ġ + g), and ġ starts from 0 at the end of the trunk. So
-D = ⟨g, ġ⟩/‖g‖² from one pass, exact to rounding, without sampling or finite differences.
+**How it is computed.** The residual branches are found, and their skips proved, in the graph of one
+forward pass (`gradscope.experiment.architecture`). The ordinary backward pass leaves g at h_0 and g_i at
+the output of every branch. A second one over the same graph carries ġ = dg/dt: it begins with 0 at the
+end of the trunk, and every branch lets ġ_i + g_i through in the place of ġ_i. So D = ⟨g, ġ⟩/‖g‖² from
+two backward passes, exact to rounding, without sampling, finite differences or copies of the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,33 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import copied_twice, loss_or_own
-from gradscope.experiment.branches import block_of_each, branch_names
-from gradscope.experiment.two_copies import TOLERANCE, TrunkRun
-from gradscope.experiment.untouched import (
-    refuse_coupled_samples,
-    shared_copy,
-    undisturbed,
-    unwrapped,
-)
+from gradscope.experiment.paths import check_max_bytes, spectrum_of
+from gradscope.experiment.products import l2
+from gradscope.experiment.spectrum import PathSpectrum
+from gradscope.experiment.trunk_pass import TrunkPass
+from gradscope.experiment.trunk_samples import DEFAULT_MAX_BYTES, ROUNDING, Checks, TrunkSamples
+from gradscope.experiment.untouched import undisturbed, unwrapped
 
-__all__ = ["Checks", "EffectiveDepth", "effective_depth"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
-    """What was verified in the same run; both are 0 up to rounding, or the result is refused.
-
-    Attributes:
-        copies_difference: the largest difference between the two copies' forward values, over all
-            branch outputs and the trunk's end, relative to the largest value there.
-        untagged_difference: ‖a − c·u‖/‖a‖ with a the first copy's gradient, u the gradient of an
-            ordinary run without copies and tags, and c the one factor by which the loss's reduction
-            sees a doubled batch (1/2 for a mean, 1 for a sum).
-    """
-
-    copies_difference: float
-    untagged_difference: float
+__all__ = ["EffectiveDepth", "effective_depth"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,26 +49,40 @@ class EffectiveDepth:
         branches: n, the number of calls of residual branches in one forward pass.
         per_sample: D of each sample by its own gradient, [B] float64; NaN where that gradient is 0,
             and empty where `value` is absent. That value weighs the samples by ‖g_b‖².
-        reading_point: where g was read.
+        cancellation: κ = Σ_k‖c_k‖²/‖g‖², above 1 where paths cancel; NaN unless ``spectrum=True``.
+        absolute: Σ_k|w_k|, 1 if no path length works against the gradient; NaN unless ``spectrum=True``.
+        trunk: the trunk that was read.
+        reading_point: where g was read. In a post-norm net the norm there belongs to the block before.
         gradient_l2: ‖g‖ there, of the loss as given on the batch as given.
         method: ``gradient``.
         checks: what was verified.
         status: ``ok``, or why there is no value.
+        spectrum: the path spectrum behind D; None unless ``spectrum=True``.
     """
 
     value: float
     branches: int
     per_sample: npt.NDArray[np.float64]
+    cancellation: float = math.nan
+    absolute: float = math.nan
+    trunk: str
     reading_point: str
     gradient_l2: float
     method: str = "gradient"
     checks: Checks
     status: str = "ok"
+    spectrum: PathSpectrum | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         if self.status != "ok":
             return f"no effective depth at the {self.reading_point}: {self.status}"
-        return f"effective depth {self.value:.4g} of {self.branches} branches at the {self.reading_point}"
+        beside = ""
+        if self.spectrum is not None:
+            beside = f" (κ = {self.cancellation:.3g}, Σ|w_k| = {self.absolute:.3g})"
+        return (
+            f"effective depth {self.value:.4g} of {self.branches} branches at the {self.reading_point}"
+            f"{beside}"
+        )
 
 
 def effective_depth(
@@ -93,15 +90,23 @@ def effective_depth(
     batch: Any,
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
-    branches: str | Sequence[str] | None = None,
+    trunk: str | None = None,
+    modules: str | Sequence[str] | None = None,
+    spectrum: bool = False,
+    max_bytes: int = DEFAULT_MAX_BYTES,
     batch_dim: int = 0,
+    progress: bool = True,
 ) -> EffectiveDepth:
-    """Effective depth D of a model whose residual branches are known.
+    """Effective depth D of a model as it is.
 
     D = Σ_k k ⟨c_k, g⟩/‖g‖², in branches, with g the gradient at the trunk's input h_0 (the first
     tensor of the first block's arguments) and c_k its part along all paths that cross exactly k
-    branches. Computed exactly by a backward pass over two copies of the batch, and checked against
-    an ordinary one; together about 2.3 times the cost of one forward and backward pass.
+    branches. The branches are found, and each skip is proved (`gradscope.architecture` prints them); a
+    model in which one cannot be proved is refused. Computed exactly, and checked against the ordinary
+    gradient of half of the samples; together about 1.8 times the cost of one forward and backward pass.
+
+    A layer without a skip is a branch that every path crosses, so that D = n in a plain chain. D is no
+    score: it ranks no architectures.
 
     The model is left alone: a copy that shares its parameters is run, no ``.grad`` is written, and
     the random state is restored. Hooks of yours run in the copy too.
@@ -109,27 +114,34 @@ def effective_depth(
     Args:
         model: the model, in the mode in which it is to be measured, usually ``model.eval()``.
         batch: tensors, or nested tuples, lists and mappings of them. Tensors without dimensions and
-            things that are no tensors are passed on as they are; all others are copied.
+            things that are no tensors are passed on as they are.
         loss: ``loss(model, batch)`` → scalar tensor. It must call the model that it is given.
-            None: ``model(**batch).loss``.
-        branches: names, or globs, of the modules whose outputs are added to the stream, such as
-            ``["blocks.*.attention", "blocks.*.mlp"]``; in a stack without skips, the layers. **You
-            vouch for them**: a module whose output is something else (one that adds the skip itself,
-            say) gives a number that means nothing. None: the model says them itself, in an attribute
-            ``branches`` (a tuple of names), as `gradscope.reference.Transformer` does. The blocks
-            are the numbered modules that hold the branches.
+            None: ``model(**batch).loss``. It is also called on half of the samples.
+        trunk: which trunk, by name, where there are several, such as ``encoder.block`` and
+            ``decoder.block``. None: the one at which one arrives first from the loss; the result says it.
+        modules: names, or globs, of the modules whose outputs are added to the stream, such as
+            ``["blocks.*.attention", "blocks.*.mlp"]``, where they cannot be found; in a stack without
+            skips, the layers. **You vouch for them**: a module whose output is something else (one that
+            adds the skip itself, say) gives a number that means nothing. The blocks are then the numbered
+            modules that hold them.
+        spectrum: whether to divide the gradient by path length as well (`gradscope.path_spectrum`), which
+            gives κ and Σ|w_k|, and checks D by Σ_k k·w_k. It costs n + 1 further backward passes.
+        max_bytes: as for `gradscope.path_spectrum`.
         batch_dim: the dimension of the batch's tensors along which the samples lie.
+        progress: whether to say on a terminal which part of the samples is being run, if there are
+            several.
 
     Returns:
         D, with D per sample, the reading point and what was checked. With a gradient of exactly 0, or
         one that is not finite, D is absent: NaN, with the reason in ``status``.
 
     Raises:
-        MeasureError: the branches are not known; the samples influence each other or are treated at
-            random (BatchNorm on batch statistics, active dropout, a loss that sees the copies of a
-            sample as others), so that the copied batch is another experiment; the stream is neither
-            float32 nor float64; or a check failed.
+        MeasureError: what is a branch is not known, and why; several trunks, of which none was chosen;
+            the samples influence each other or are treated at random (BatchNorm on batch statistics,
+            active dropout, a loss that sees half of the samples as others); the stream is neither float32
+            nor float64; or a check failed.
         LayerError: a pattern matches no module.
+        ValueError: ``max_bytes`` below 1.
 
     >>> from gradscope import reference
     >>> model = reference.Transformer("no_skip", depth=3).double()
@@ -138,86 +150,82 @@ def effective_depth(
     >>> print(depth)
     effective depth 6 of 6 branches at the input of blocks.0
     """
+    check_max_bytes(max_bytes)
     model = unwrapped(model)
-    names = branch_names(model, branches)
-    blocks = block_of_each(names)
-    refuse_coupled_samples(model)
-    loss = loss_or_own(loss, batch)
     with undisturbed(model):
-        single, doubled = copied_twice(batch, batch_dim)
-        twin = shared_copy(model)
-        plain = TrunkRun(twin, names, blocks, None)
-        untagged = plain.gradient(loss, single)
-        if untagged is None:
-            raise MeasureError(
-                f"No gradient path from the loss to the input of {plain.first_block}: something between "
-                "them is detached, or runs under no_grad."
-            )
-        size, absent = untagged.numel(), ""
-        if not size or not torch.isfinite(untagged).all():
-            absent = "the gradient there is not finite" if size else "the tensor there is empty"
-        elif not untagged.any():
-            absent = "the gradient there is exactly 0 (a zero by construction, or underflow)"
-        if absent:
-            return EffectiveDepth(
-                value=math.nan,
-                branches=len(plain.calls),
-                per_sample=_frozen(np.full(0, math.nan)),
-                reading_point=f"input of {plain.first_block}",
-                gradient_l2=_norm(untagged),
-                checks=Checks(copies_difference=math.nan, untagged_difference=math.nan),
-                status=absent,
-            )
-        tagged = TrunkRun(twin, names, blocks, plain)
-        both = tagged.gradient(loss, doubled)
-    assert both is not None  # the same graph as in the plain pass, and that had a gradient
-    return _result(plain, tagged, untagged, both)
-
-
-def _result(plain: TrunkRun, tagged: TrunkRun, untagged: Tensor, both: Tensor) -> EffectiveDepth:
-    tolerance = TOLERANCE[untagged.dtype]
-    # Float64 on the host, scaled to 1: the norm's square of a vanished gradient would underflow.
-    dim = tagged.input_dim
-    u = _unit(untagged)
-    first, second = both.double().cpu().chunk(2, dim)
-    largest = first.abs().amax()
-    a, b = first / largest, second / largest
-    factor = torch.sum(a * u) / torch.sum(u * u)
-    off = float(torch.sum((a - factor * u) ** 2).sqrt() / torch.sum(a * a).sqrt())
-    if not (off <= tolerance and factor > 0):
-        raise MeasureError(
-            f"The copied batch has another gradient than the batch itself (relative difference "
-            f"{off:.1e}, allowed {tolerance:.0e} in {str(untagged.dtype).removeprefix('torch.')}): the "
-            "loss compares samples with each other, or weighs them by their place in the batch, or the "
-            "gradient is too small for its dtype. Write a loss that is a mean or a sum over samples; for "
-            "the dtype, model.double()."
+        samples = TrunkSamples(model, batch, loss, trunk=trunk, modules=modules, batch_dim=batch_dim)
+        plain = samples.plain
+        found = EffectiveDepth(
+            value=math.nan,
+            branches=len(plain.branches),
+            per_sample=_frozen(np.full(0, math.nan)),
+            trunk=plain.forward.trunk.name,
+            reading_point=samples.reading_point,
+            gradient_l2=l2(samples.gradients[0]),
+            checks=samples.checks,
+            status=samples.status,
         )
-    samples = a.shape[dim]
-    products = (a * b).movedim(dim, 0).reshape(samples, -1).sum(1).numpy()
-    squares = (a * a).movedim(dim, 0).reshape(samples, -1).sum(1).numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        per_sample = np.where(squares > 0, products / squares, math.nan)
-    return EffectiveDepth(
-        value=float(products.sum() / squares.sum()),
-        branches=len(plain.calls),
-        per_sample=_frozen(per_sample),
-        reading_point=f"input of {plain.first_block}",
-        gradient_l2=_norm(untagged),
-        checks=Checks(copies_difference=tagged.copies_difference, untagged_difference=off),
+        if samples.status != "ok":
+            return found
+        products: list[Tensor] = []
+        squares: list[Tensor] = []
+        largest = samples.gradients[0].abs().amax().double()
+        for part in samples.parts(max_bytes, plain.last + len(plain.branches), _said(progress)):
+            gradients = part.gradients()
+            g, change = gradients.stream[0], _change(part.run, part.seed, gradients.branches)
+            # In float64 and scaled to 1: the square of a vanished gradient would underflow.
+            a, b = g.double() / largest, change.double() / largest
+            products.append(part.by_sample(a * b))
+            squares.append(part.by_sample(a * a))
+        product, square = torch.cat(products).cpu().numpy(), torch.cat(squares).cpu().numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            per_sample = np.where(square > 0, product / square, math.nan)
+        found = replace(
+            found,
+            value=float(product.sum() / square.sum()),
+            per_sample=_frozen(per_sample),
+            checks=samples.checks,
+        )
+        if not spectrum:
+            return found
+        behind = spectrum_of(
+            samples, blocks=False, max_length=None, max_bytes=max_bytes, progress=progress
+        )
+    return _with_spectrum(found, behind, ROUNDING[samples.gradients[0].dtype])
+
+
+def _said(progress: bool) -> str:
+    return "effective depth" if progress else ""
+
+
+def _change(run: TrunkPass, seed: Tensor, arrived: Mapping[int, Tensor]) -> Tensor:
+    """ġ at the trunk's input: every branch adds its own gradient to what it lets through."""
+
+    def add(number: int, gradient: Tensor) -> Tensor:
+        own = arrived.get(number)
+        return gradient if own is None else gradient + own
+
+    found = run.gradient(torch.zeros_like(seed), at_branch=add)
+    if found is None:
+        raise MeasureError("No gradient arrives at the trunk's input from its end.")
+    return found
+
+
+def _with_spectrum(found: EffectiveDepth, behind: PathSpectrum, rounding: float) -> EffectiveDepth:
+    # Parts that cancel are known to rounding of their own size, not to that of their sum.
+    allowed = rounding * max(1.0, behind.absolute) * max(1, found.branches)
+    if not abs(found.value - behind.effective_depth) <= allowed:
+        raise MeasureError(
+            f"D is {found.value:.6g} from the pair of gradients and {behind.effective_depth:.6g} from "
+            "the path spectrum: the parts cancel too much for the dtype. Write model.double()."
+        )
+    return replace(
+        found,
+        cancellation=behind.cancellation,
+        absolute=behind.absolute,
+        checks=behind.checks,
+        spectrum=behind,
     )
-
-
-def _unit(x: Tensor) -> Tensor:
-    x = x.double().cpu()
-    return x / x.abs().amax()
-
-
-def _norm(x: Tensor) -> float:
-    x = x.double().cpu()
-    largest = x.abs().amax() if x.numel() else torch.zeros(())
-    if not largest > 0 or not torch.isfinite(largest):
-        return float(largest)
-    return float(largest * torch.sum((x / largest) ** 2).sqrt())
 
 
 def _frozen(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

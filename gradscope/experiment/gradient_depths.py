@@ -8,12 +8,12 @@ import numpy as np
 from torch import Tensor
 
 from gradscope.experiment.batches import loss_or_own, part_of, sample_count
-from gradscope.experiment.branches import block_of_each, branch_names
 from gradscope.experiment.depth_methods import DepthReading, DepthRequest, depth_method
 from gradscope.experiment.effective_depth import effective_depth
+from gradscope.experiment.named_branches import named_trunk
 from gradscope.experiment.paths import path_spectrum
 from gradscope.experiment.products import l2
-from gradscope.experiment.two_copies import TrunkRun
+from gradscope.experiment.trunk_pass import TrunkPass
 from gradscope.experiment.untouched import shared_copy, undisturbed, unwrapped
 
 _VEIT = "Veit et al. 2016, arXiv:1605.06431"
@@ -31,7 +31,8 @@ def gradient(request: DepthRequest) -> DepthReading:
         request.model,
         request.batch,
         request.loss,
-        branches=request.branches,
+        trunk=request.trunk,
+        modules=request.modules,
         batch_dim=request.batch_dim,
     )
     return DepthReading(
@@ -55,7 +56,8 @@ def gradient_energy(request: DepthRequest) -> DepthReading:
         request.model,
         request.batch,
         request.loss,
-        branches=request.branches,
+        trunk=request.trunk,
+        modules=request.modules,
         batch_dim=request.batch_dim,
         progress=False,
     )
@@ -81,21 +83,26 @@ def propagation(request: DepthRequest) -> DepthReading:
     one with an interval.
     """
     model = unwrapped(request.model)
-    names = branch_names(model, request.branches)
     loss = loss_or_own(request.loss, request.batch)
     norms: dict[int, float] = {}
 
-    def keep(position: int, gradient: Tensor, dim: int) -> None:
+    def keep(position: int, gradient: Tensor) -> Tensor:
         norms[position] = l2(gradient)
+        return gradient
 
     with undisturbed(model):
         single = part_of(
             request.batch, request.batch_dim, 0, sample_count(request.batch, request.batch_dim)
         )
-        run = TrunkRun(shared_copy(model), names, block_of_each(names), None, read=keep)
-        g = run.gradient(loss, single)
-    norms[0] = 0.0 if g is None else l2(g)
-    length = len(run.block_calls)
+        run = TrunkPass(
+            shared_copy(model),
+            loss,
+            single,
+            trunk=request.trunk,
+            named=named_trunk(model, request.modules),
+        )
+        run.gradient(at_position=keep)
+    length = run.last
     flow = np.asarray([norms.get(at, 0.0) for at in range(length + 1)])
     status = "ok"
     if not (np.isfinite(flow).all() and flow[0] > 0 and flow[-1] > 0):
@@ -106,7 +113,7 @@ def propagation(request: DepthRequest) -> DepthReading:
         value=rate if math.isnan(rate) else min(length, 6 * _depth_scale(rate)),
         most=length,
         evidence={"gradient_l2": flow},
-        reading_point=f"input of {run.first_block}",
+        reading_point=run.forward.position_name(0),
         status=status,
     )
 

@@ -10,44 +10,39 @@ D is the effective depth. Paths can cancel: w_k may be negative, and Σ‖c_k‖
 the norms and the weights are given. Norms, scales and whatever else lies on the stream itself (as the
 norm of post-norm does) are crossed by every path and have length 0.
 
-**How it is computed.** The batch is copied K + 1 times. In the backward pass copy k carries c_k: every
-branch output moves copy k to copy k + 1, and only the first copy starts with a gradient at the end of the
-trunk. This is exact to rounding at *every* position of the stream, without sampling, and what is cut off
-beyond K changes nothing of c_0, ..., c_K. One more copy gets no gradient at all and must arrive with
-none: the samples do not influence each other.
+**How it is computed.** The residual branches are found, and their skips proved, in the graph of one
+forward pass (`gradscope.experiment.architecture`). A backward pass over it in which nothing is let
+through any branch leaves c_0; with what arrived at the branches let through one pass later, the next
+leaves c_1, and so on (`gradscope.experiment.graded_backward`). This is exact to rounding at *every*
+position of the stream, without sampling and without copies of the batch, and what is cut off beyond K
+changes nothing of c_0, ..., c_K. Their sum is checked against the ordinary gradient.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import loss_or_own, part_of, repeated, sample_count
-from gradscope.experiment.branches import block_of_each, branch_names
-from gradscope.experiment.path_sums import SavedBytes, StreamSums
-from gradscope.experiment.spectrum import PathSpectrum, SpectrumChecks
-from gradscope.experiment.two_copies import TrunkRun
-from gradscope.experiment.untouched import (
-    refuse_coupled_samples,
-    shared_copy,
-    undisturbed,
-    unwrapped,
-)
+from gradscope.experiment.graded_backward import block_skips, by_blocks, by_branches
+from gradscope.experiment.path_sums import StreamSums
+from gradscope.experiment.products import l2
+from gradscope.experiment.spectrum import PathSpectrum
+from gradscope.experiment.trunk_pass import TrunkPass
+from gradscope.experiment.trunk_samples import DEFAULT_MAX_BYTES, ROUNDING, TrunkSamples
+from gradscope.experiment.untouched import undisturbed, unwrapped
 
-__all__ = ["DEFAULT_MAX_BYTES", "path_spectrum"]
+__all__ = ["GRANULARITIES", "path_spectrum", "spectrum_of"]
 
-#: What the copies may keep for their backward pass unless max_bytes= says otherwise: 2 GiB.
-DEFAULT_MAX_BYTES: Final = 2 * 2**30
+#: What one branch is: each sublayer's, or a whole block with its skip taken off.
+GRANULARITIES = ("sublayer", "block")
 
 
 def path_spectrum(
@@ -55,7 +50,9 @@ def path_spectrum(
     batch: Any,
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
-    branches: str | Sequence[str] | None = None,
+    trunk: str | None = None,
+    modules: str | Sequence[str] | None = None,
+    granularity: str = "sublayer",
     max_length: int | None = None,
     max_bytes: int = DEFAULT_MAX_BYTES,
     batch_dim: int = 0,
@@ -63,9 +60,9 @@ def path_spectrum(
 ) -> PathSpectrum:
     """The gradient's parts c_k along all paths that cross exactly k residual branches, for every k.
 
-    Exact up to rounding: one backward pass over K + 2 copies of the batch and an ordinary one, at about
-    K + 3 times the cost of one forward and backward pass (`gradscope.effective_depth` gives D alone at
-    2.3 times).
+    Exact up to rounding, on a model as it is: its branches are found (`gradscope.architecture` prints
+    them). One ordinary pass, one with half of the samples, and K + 1 backward passes over the trunk: less
+    than K + 2 times the cost of one forward and backward pass.
 
     The model is left alone: a copy that shares its parameters is run, no ``.grad`` is written, and
     the random state is restored. Hooks of yours run in the copy too.
@@ -73,18 +70,20 @@ def path_spectrum(
     Args:
         model: the model, in the mode in which it is to be measured, usually ``model.eval()``.
         batch: tensors, or nested tuples, lists and mappings of them. Tensors without dimensions and
-            things that are no tensors are passed on as they are; all others are copied.
+            things that are no tensors are passed on as they are.
         loss: ``loss(model, batch)`` → scalar tensor. It must call the model that it is given.
-            None: ``model(**batch).loss``. Where the samples are run in parts, it is called on each.
-        branches: names, or globs, of the modules whose outputs are added to the stream, as for
-            `gradscope.effective_depth`: **you vouch for them**. None: the model's own attribute
-            ``branches``.
+            None: ``model(**batch).loss``. It is also called on a part of the samples.
+        trunk: which trunk, by name, where there are several, as for `gradscope.effective_depth`.
+        modules: the modules whose outputs are the branches, as for `gradscope.effective_depth`: **you
+            vouch for them**. None: they are found.
+        granularity: ``sublayer``: attention and feed-forward network are two branches; ``block``: a whole
+            block is one, which takes a block with a skip that is a factor (not post-norm), or without
+            any.
         max_length: K, the longest length to be told apart; the costs grow with it. None: all, K = n.
             Cut off, the shorter lengths and their weights are still exact, but D is absent.
-        max_bytes: how much the copies may keep for the backward pass at a time. The samples are run in
-            parts as small as this takes. What one copy of one sample keeps is taken from the ordinary
-            pass of the batch as given, which itself is not bounded; nor is the gradient at one point of
-            the stream, in float64, while it is summed up.
+        max_bytes: how much may be kept for the backward passes at a time. Where the batch keeps more, the
+            samples are run in parts as small as this takes. The one ordinary pass of the whole batch is
+            not bounded.
         batch_dim: the dimension of the batch's tensors along which the samples lie.
         progress: whether to say on a terminal which part of the samples is being run, if there are
             several.
@@ -94,10 +93,10 @@ def path_spectrum(
         gradient of exactly 0 at h_0, or one that is not finite, they are NaN, and ``status`` says why.
 
     Raises:
-        MeasureError: what `gradscope.effective_depth` refuses; or one sample does not fit into
-            ``max_bytes``.
+        MeasureError: what `gradscope.effective_depth` refuses; a block's skip is no factor; or one sample
+            does not fit into ``max_bytes``.
         LayerError: a pattern matches no module.
-        ValueError: ``max_length`` below 0, or ``max_bytes`` below 1.
+        ValueError: ``max_length`` below 0, ``max_bytes`` below 1, or an unknown granularity.
 
     >>> from gradscope import reference
     >>> model = reference.Transformer("no_skip", depth=3).double()
@@ -110,155 +109,107 @@ def path_spectrum(
         raise ValueError(
             f"max_length={max_length}: the shortest path has length 0; None means all lengths"
         )
-    if max_bytes < 1:
-        raise ValueError(
-            f"max_bytes={max_bytes}: write the memory that the copies may take, such as 2**31"
+    check_max_bytes(max_bytes)
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity={granularity!r} is none of {', '.join(GRANULARITIES)}")
+    if granularity == "block" and modules is not None:
+        raise MeasureError(
+            "With whole blocks for branches their skips must be known, and these are found only where no "
+            "modules are named. Leave out modules=."
         )
     model = unwrapped(model)
-    names = branch_names(model, branches)
-    blocks = block_of_each(names)
-    refuse_coupled_samples(model)
-    loss = loss_or_own(loss, batch)
     with undisturbed(model):
-        samples = sample_count(batch, batch_dim)
-        single = part_of(batch, batch_dim, 0, samples)
-        twin = shared_copy(model)
-        gradients: dict[int, Tensor] = {}
-
-        def keep(position: int, gradient: Tensor, dim: int) -> None:
-            gradients[position] = gradient.detach()
-
-        plain = TrunkRun(twin, names, blocks, None, read=keep)
-        with SavedBytes(twin) as saved:
-            untagged = plain.gradient(loss, single)
-        if untagged is None:
-            raise MeasureError(
-                f"No gradient path from the loss to the input of {plain.first_block}: something between "
-                "them is detached, or runs under no_grad."
-            )
-        gradients[0] = untagged
-        n = len(plain.calls)
-        longest = n if max_length is None else min(operator.index(max_length), n)
-        sums = StreamSums(
-            gradients,
-            last=len(plain.block_calls),
-            samples=samples,
-            lengths=longest + 1,
-            whole=longest == n,
+        samples = TrunkSamples(model, batch, loss, trunk=trunk, modules=modules, batch_dim=batch_dim)
+        return spectrum_of(
+            samples,
+            blocks=granularity == "block",
+            max_length=max_length,
+            max_bytes=max_bytes,
+            progress=progress,
         )
-        status, chunks, difference = "ok", 0, math.nan
-        if not untagged.numel() or not torch.isfinite(untagged).all():
-            status = (
-                f"the {'gradient there is not finite' if untagged.numel() else 'tensor there is empty'}"
-            )
-        elif not untagged.any():
-            status = "the gradient there is exactly 0 (a zero by construction, or underflow)"
-        else:
-            chunk = _chunk_size(saved.total, plain, sums, max_bytes)
-            chunks, difference = _run_in_chunks(plain, sums, loss, single, batch_dim, chunk, progress)
-    checks = SpectrumChecks(
-        copies_difference=difference,
-        seed_difference=sums.seed_difference,
-        sum_difference=sums.check(),
-    )
+
+
+def check_max_bytes(max_bytes: int) -> None:
+    """Refuse no memory at all.
+
+    Raises:
+        ValueError: ``max_bytes`` below 1.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes={max_bytes}: write the memory that may be taken, such as 2**31")
+
+
+def spectrum_of(
+    samples: TrunkSamples, *, blocks: bool, max_length: int | None, max_bytes: int, progress: bool
+) -> PathSpectrum:
+    """The spectrum of a batch whose ordinary pass was run.
+
+    Args:
+        samples: the batch.
+        blocks: whether whole blocks are the branches.
+        max_length: K, or None for all lengths.
+        max_bytes: as for `path_spectrum`.
+        progress: as for `path_spectrum`.
+    """
+    plain = samples.plain
+    last, granularity = plain.last, _granularity(plain, blocks)
+    positions = tuple(plain.forward.position_name(number) for number in range(last + 1))
+    n = last if blocks else len(plain.branches)
+    longest = n if max_length is None else min(operator.index(max_length), n)
+    skips = block_skips(plain) if blocks else ()
+    sums = StreamSums(samples.gradients, last=last, lengths=longest + 1)
+    checks, chunks = samples.checks, 0
+    if samples.status == "ok":
+        tensors = 2 * (last + 1) + 2 * n  # g and Σ c_k at the positions; what arrives at the branches
+        for part in samples.parts(max_bytes, tensors, "path spectrum" if progress else ""):
+            chunks += 1
+            sums.begin(part.gradients().stream)
+            if blocks:
+                by_blocks(part.run, part.seed, longest, sums.add, skips=skips)
+            else:
+                by_branches(part.run, part.seed, longest, sums.add)
+            sums.end()
+        checks = samples.checks
+        if longest == n:
+            checks = replace(checks, sum_difference=_checked_sum(samples, sums))
     norm, weight = sums.spectrum()
+    if samples.status != "ok":
+        norm[:], weight[:] = np.nan, np.nan
     return PathSpectrum(
         branches=n,
-        granularity=_granularity(plain),
-        positions=_positions(plain),
+        granularity=granularity,
+        positions=positions,
         norm_at=_frozen(norm),
         weight_at=_frozen(weight),
-        gradient_l2=sums.gradient_l2(),
+        gradient_l2=l2(samples.gradients[0]),
         chunks=chunks,
         checks=checks,
-        status=status,
+        status=samples.status,
     )
 
 
-def _chunk_size(saved: int, plain: TrunkRun, sums: StreamSums, max_bytes: int) -> int:
-    """How many samples fit into the memory at a time, with all their copies."""
-    # The tags copy what they stand on, and what follows may keep that instead.
-    item = sums.gradients[0].element_size()
-    tags = item * sum(shape.numel() for _, shape in (*plain.calls, plain.block_calls[-1]))
-    one = math.ceil((saved + tags) / sums.samples * sums.copies)
-    if one > max_bytes:
+def _checked_sum(samples: TrunkSamples, sums: StreamSums) -> float:
+    off, position = sums.sum_difference()
+    dtype = samples.gradients[0].dtype
+    if not off <= ROUNDING[dtype]:
+        name = str(dtype).removeprefix("torch.")
         raise MeasureError(
-            f"One sample in {sums.copies} copies, for the lengths 0 to {sums.lengths - 1}, keeps about "
-            f"{one} bytes for the backward pass, more than max_bytes={max_bytes}. Write "
-            f"max_bytes={one}, or a smaller max_length=, or shorten the samples."
+            f"The parts of the gradient do not sum to the gradient itself at stream position {position} "
+            f"(relative difference {off:.1e}, allowed {ROUNDING[dtype]:.0e} in {name}): they cancel too "
+            "much, or the gradient is too small, for the dtype. Write model.double()."
         )
-    fitting = min(sums.samples, max_bytes // one)
-    # As even as possible: 5 + 5 rather than 9 + 1.
-    return math.ceil(sums.samples / math.ceil(sums.samples / fitting))
+    return off
 
 
-def _run_in_chunks(
-    plain: TrunkRun,
-    sums: StreamSums,
-    loss: Callable[[Any, Any], Tensor],
-    batch: Any,
-    dim: int,
-    chunk: int,
-    progress: bool,
-) -> tuple[int, float]:
-    """Run the copies of the samples, part by part; how many parts, and how much the copies differ."""
-    starts = range(0, sums.samples, chunk)
-    # A pass of the copies is read against one of the same samples without copies.
-    bare = {sums.samples: plain}
-    worst = 0.0
-    for number, start in enumerate(starts, 1):
-        if progress and len(starts) > 1 and sys.stderr.isatty():
-            end = "\n" if number == len(starts) else ""
-            print(
-                f"\rpath spectrum: part {number} of {len(starts)}", end=end, file=sys.stderr, flush=True
-            )
-        stop = min(start + chunk, sums.samples)
-        part = part_of(batch, dim, start, stop)
-        if stop - start not in bare:
-            single = TrunkRun(plain.model, plain.branches, plain.blocks, None)
-            single.gradient(loss, part)
-            if [name for name, _ in single.calls] != [name for name, _ in plain.calls]:
-                raise MeasureError(
-                    f"{stop - start} samples did not call the same branches as all {sums.samples} of "
-                    "them, so that they cannot be measured in parts. Write a larger max_bytes=."
-                )
-            bare[stop - start] = single
-        sums.begin(start, stop)
-        run = TrunkRun(
-            plain.model,
-            plain.branches,
-            plain.blocks,
-            bare[stop - start],
-            copies=sums.copies,
-            by_length=True,
-            read=sums.add,
-        )
-        copied = run.gradient(loss, repeated(part, dim, sums.copies))
-        assert copied is not None  # the same graph as in the plain pass, and that had a gradient
-        worst = max(worst, run.copies_difference)
-        sums.add(0, copied, run.input_dim)
-    return len(starts), worst
-
-
-def _positions(run: TrunkRun) -> tuple[str, ...]:
-    names = [block for block, _ in run.block_calls]
-    often = Counter(names)
-    seen: Counter[str] = Counter()
-    found = [f"input of {run.first_block}"]
-    for name in names:
-        seen[name] += 1
-        found.append(f"output of {name}" + (f", call {seen[name]}" if often[name] > 1 else ""))
-    return tuple(found)
-
-
-def _granularity(run: TrunkRun) -> str:
+def _granularity(run: TrunkPass, blocks: bool) -> str:
     """How many branches one block is cut into; a block that is called again counts as another."""
-    branches = Counter(run.blocks[name] for name, _ in run.calls)
-    calls = Counter(block for block, _ in run.block_calls)
-    each = sorted({branches[block] / calls[block] for block in branches})
+    if blocks:
+        return "1 branch per block"
+    counted = Counter(run.branches)
+    each = sorted({counted[position] for position in range(1, run.last + 1)})
     if len(each) == 1:
-        return f"{each[0]:.3g} branch{'' if each[0] == 1 else 'es'} per block"
-    return f"{each[0]:.3g} to {each[-1]:.3g} branches per block"
+        return f"{each[0]} branch{'' if each[0] == 1 else 'es'} per block"
+    return f"{each[0]} to {each[-1]} branches per block"
 
 
 def _frozen(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

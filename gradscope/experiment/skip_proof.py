@@ -24,7 +24,7 @@ from gradscope.experiment.stream_graph import Edge, Operand, changes_a_view
 from gradscope.experiment.stream_reader import NormCall, StreamForward
 from gradscope.experiment.sublayers import Located
 
-__all__ = ["change_operands", "prove"]
+__all__ = ["change_operands", "prove", "skip_between"]
 
 #: Largest relative difference that counts as rounding, by dtype; in others, such as bfloat16, the last.
 _TOLERANCE: Final[Mapping[torch.dtype, float]] = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -41,10 +41,9 @@ def prove(forward: StreamForward, located: Sequence[Located]) -> None:
     for number, item in enumerate(located):
         if not item.skips or item.hopeless:
             continue
-        probe = _Probe(item, number)
-        coefficient, proof = probe.skip()
-        if proof and item.sublayer.norm == "post-norm":
-            wrong = probe.norm_behind(forward)
+        coefficient, proof = skip_between(item.output, item.source, item.branches, seed=number)
+        if coefficient is not None and item.sublayer.norm == "post-norm":
+            wrong = _norm_behind(forward, item, number)
             if wrong:
                 coefficient, proof = None, wrong
         old = item.sublayer
@@ -83,72 +82,90 @@ def _nothing(gradient: Tensor) -> None:
     return None
 
 
-class _Probe:
-    """Random cotangents through one sublayer without its branches."""
+def skip_between(
+    output: Edge, source: Edge, branches: Sequence[Operand], *, seed: int = 0
+) -> tuple[float | None, str]:
+    """What multiplies a gradient on its way from one tensor to an earlier one, past all branches.
 
-    def __init__(self, item: Located, seed: int) -> None:
-        self.item = item
-        output: Any = item.output[0]
-        source: Any = item.source[0]
-        about, before = output._input_metadata[item.output[1]], source._input_metadata[item.source[1]]
+    Args:
+        output: where the gradient begins.
+        source: where it arrives.
+        branches: the operands that nothing is let through.
+        seed: of the random gradient.
+
+    Returns:
+        The factor and how it was proved: NaN for another factor for each element; None where it is no
+        factor, and what came back instead.
+    """
+    probe = _Probe(output, source, branches, seed)
+    v, back = probe.send()
+    if back is None or not back.any():
+        return None, "nothing came back of a gradient without the branches"
+    if back.numel() != v.numel():
+        shapes = f"{tuple(v.shape)} one of shape {tuple(back.shape)}"
+        return None, f"of a gradient of shape {shapes} came back"
+    v, u = v.double().flatten(), back.double().flatten()
+    if torch.linalg.vector_norm(u - v) <= probe.tolerance * torch.linalg.vector_norm(v):
+        return 1.0, "a random gradient came back as it was"
+    alpha = float(u @ v / (v @ v))
+    if torch.linalg.vector_norm(u - alpha * v) <= probe.tolerance * torch.linalg.vector_norm(u):
+        return alpha, f"a random gradient came back times {alpha:.6g}"
+    if changes_a_view(output[0]):
+        return None, "a view of the stream is changed in place (CopySlices), and not by an addition"
+    off = float(torch.linalg.vector_norm(u - alpha * v) / torch.linalg.vector_norm(v))
+    factor = torch.where(v == 0, torch.zeros_like(v), u / v)
+    v, back = probe.send()
+    assert back is not None  # the same graph as before
+    v, u = v.double().flatten(), back.double().flatten()
+    # Element by element, as a quotient of two rounded numbers says little in sum.
+    if ((u - factor * v).abs() <= 10 * probe.tolerance * u.abs()).all():
+        return math.nan, "two random gradients came back with the same factor for each element"
+    return None, (
+        "a random gradient came back neither as it was nor as a multiple of itself (relative difference "
+        f"{off:.1e})"
+    )
+
+
+class _Probe:
+    """Random gradients from one tensor to another, without the branches."""
+
+    def __init__(self, output: Edge, source: Edge, branches: Sequence[Operand], seed: int) -> None:
+        self.output, self.source, self.branches = output, source, branches
+        about, before = _about(output), _about(source)
         self.shape, self.dtype, self.device = torch.Size(about.shape), about.dtype, about.device
         self.tolerance = max(_TOLERANCE.get(at.dtype, _HALF_TOLERANCE) for at in (about, before))
         self._random = torch.Generator().manual_seed(seed)
 
-    def cotangent(self, shape: torch.Size) -> Tensor:
-        drawn = torch.randn(shape, generator=self._random, dtype=torch.float32)
-        return drawn.to(self.device, self.dtype)
-
-    def skip(self) -> tuple[float | None, str]:
-        """The coefficient and how it was proved; or None, and what came back instead."""
-        sent, back = self._send()
-        if back is None or not back.any():
-            return None, "nothing came back of a gradient without the branches"
-        if back.numel() != sent.numel():
-            return None, (
-                f"of a gradient of shape {tuple(sent.shape)} one of shape {tuple(back.shape)} came back"
-            )
-        v, u = sent.double().flatten(), back.double().flatten()
-        if torch.linalg.vector_norm(u - v) <= self.tolerance * torch.linalg.vector_norm(v):
-            return 1.0, "a random gradient came back as it was"
-        alpha = float(u @ v / (v @ v))
-        if torch.linalg.vector_norm(u - alpha * v) <= self.tolerance * torch.linalg.vector_norm(u):
-            return alpha, f"a random gradient came back times {alpha:.6g}"
-        if changes_a_view(self.item.output[0]):
-            return None, "a view of the stream is changed in place (CopySlices), and not by an addition"
-        factor = torch.where(v == 0, torch.zeros_like(v), u / v)
-        sent, back = self._send()
-        assert back is not None  # the same graph as before
-        v, u = sent.double().flatten(), back.double().flatten()
-        # Element by element, as a quotient of two rounded numbers says little in sum.
-        if ((u - factor * v).abs() <= 10 * self.tolerance * u.abs()).all():
-            return math.nan, "two random gradients came back with the same factor for each element"
-        off = float(torch.linalg.vector_norm(u - alpha * v) / torch.linalg.vector_norm(v))
-        return None, (
-            "a random gradient came back neither as it was nor as a multiple of itself "
-            f"(relative difference {off:.1e})"
+    def send(self) -> tuple[Tensor, Tensor | None]:
+        """A random gradient, and what comes back of it."""
+        sent = torch.randn(self.shape, generator=self._random, dtype=torch.float32).to(
+            self.device, self.dtype
         )
-
-    def _send(self) -> tuple[Tensor, Tensor | None]:
-        sent = self.cotangent(self.shape)
         with ExitStack() as stack:
-            change_operands(stack, dict.fromkeys(self.item.branches, _nothing))
-            return sent, _between(self.item.output, self.item.source, sent)
+            change_operands(stack, dict.fromkeys(self.branches, _nothing))
+            return sent, _between(self.output, self.source, sent)
 
-    def norm_behind(self, forward: StreamForward) -> str:
-        """Why the norm on the stream behind the addition is not what it seems; "" where it is."""
-        for piece in self.item.behind:
-            call = forward.norms.get(piece.head)
-            if call is not None:
-                sent = self.cotangent(call.input.shape)
-                found, own = _between(piece.head, call.source, sent), _alone(call, sent)
-                off = math.inf
-                if found is not None:
-                    size = torch.linalg.vector_norm(own.double())
-                    off = float(torch.linalg.vector_norm(found.double() - own.double()) / size)
-                if not off <= max(self.tolerance, _NORM_TOLERANCE):
-                    return f"the norm behind the addition does not act as that norm alone ({off:.1e})"
-        return ""
+
+def _about(edge: Edge) -> Any:
+    node: Any = edge[0]
+    return node._input_metadata[edge[1]]
+
+
+def _norm_behind(forward: StreamForward, item: Located, seed: int) -> str:
+    """Why the norm on the stream behind an addition is not what it seems; "" where it is."""
+    for piece in item.behind:
+        call = forward.norms.get(piece.head)
+        if call is None:
+            continue
+        probe = _Probe(piece.head, call.source, (), seed)
+        sent, found = probe.send()
+        own = _alone(call, sent).double()
+        off = math.inf
+        if found is not None:
+            off = float(torch.linalg.vector_norm(found.double() - own) / torch.linalg.vector_norm(own))
+        if not off <= max(probe.tolerance, _NORM_TOLERANCE):
+            return f"the norm behind the addition does not act as that norm alone ({off:.1e})"
+    return ""
 
 
 def _between(output: Edge, source: Edge, cotangent: Tensor) -> Tensor | None:

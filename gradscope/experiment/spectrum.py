@@ -12,29 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gradscope.errors import MeasureError
+from gradscope.experiment.trunk_samples import Checks
 
-__all__ = ["CarryingRange", "PathSpectrum", "SpectrumChecks"]
+__all__ = ["CarryingRange", "PathSpectrum"]
 
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpectrumChecks:
-    """What was verified in the same run; each is 0 up to rounding, or the spectrum is refused.
-
-    Attributes:
-        copies_difference: the largest difference between the copies' forward values, over all branch
-            outputs and the trunk's end, relative to the largest value there.
-        seed_difference: ‖a − c·u‖/‖a‖ at the trunk's end, the worst chunk's: a the first copy's
-            gradient, u that of the batch as given, c the factor by which the loss sees another batch.
-        sum_difference: ‖Σ_k c_k − g‖/‖g‖ with g the gradient of an ordinary run without copies and
-            tags, the worst stream position's; NaN for a spectrum cut off at ``max_length``, which has
-            no such check.
-    """
-
-    copies_difference: float
-    seed_difference: float
-    sum_difference: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +54,7 @@ class PathSpectrum:
         weight_at: w_k = ⟨c_k, g⟩/‖g‖² at each stream position, with the g of that position,
             [P, K + 1] float64. NaN where that g is 0 or not finite.
         gradient_l2: ‖g‖ at h_0.
-        chunks: in how many parts the samples were run, so that the copies fit into ``max_bytes``.
+        chunks: in how many parts the samples were run, so that they fit into ``max_bytes``.
         checks: what was verified.
         status: ``ok``, or why there is no spectrum; all norms and weights are NaN then.
     """
@@ -84,7 +66,7 @@ class PathSpectrum:
     weight_at: Array
     gradient_l2: float
     chunks: int
-    checks: SpectrumChecks
+    checks: Checks
     status: str = "ok"
 
     @property

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -64,6 +64,21 @@ class NormCall:
     source: Edge
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedCall:
+    """One call of a module that the caller names as a branch.
+
+    Attributes:
+        name: the module's name.
+        edge: where its output stands in the graph; None where no gradient leads through it.
+        position: the number of the stream position that it leads to.
+    """
+
+    name: str
+    edge: Edge | None
+    position: int
+
+
 @dataclass(slots=True, eq=False)
 class _TrunkCalls:
     positions: list[Position] = field(default_factory=list)
@@ -88,7 +103,7 @@ class StreamForward:
         end: the values at the last of them.
         outputs: the modules inside of the blocks, by where their outputs stand in the graph.
         norms: norm modules and what they were given, by where their outputs stand in the graph.
-        named_calls: name, place in the graph and shape of each call of a named branch.
+        named_calls: the calls of named branches.
         value: the loss.
 
     Raises:
@@ -106,7 +121,7 @@ class StreamForward:
     ) -> None:
         self.outputs: dict[Edge, list[str]] = {}
         self.norms: dict[Edge, NormCall] = {}
-        self.named_calls: list[tuple[str, Edge | None, torch.Size]] = []
+        self.named_calls: list[NamedCall] = []
         self._open = True
         trunks = find_trunks(model) if named is None else (named[0],)
         _check_trunks(model, trunks, trunk)
@@ -121,7 +136,7 @@ class StreamForward:
 
             # A named branch may be its own block: it gets its node before the block's output is read.
             for name in () if named is None else named[1]:
-                hook(modules[name], self._branch(name))
+                hook(modules[name], self._branch(name, seen[0]))
             for each, calls in zip(trunks, seen, strict=True):
                 for k, block in enumerate(each.blocks):
                     first = each.parts[k][0] if each.parts else block
@@ -143,6 +158,14 @@ class StreamForward:
         self.trunk = trunks[number]
         self.positions: list[Position] = seen[number].positions
         self.end = seen[number].end
+
+    def let_go(self) -> None:
+        """Free the graph."""
+        self.value = self.value.detach()
+        self.positions = [replace(position, edge=None) for position in self.positions]
+        self.outputs.clear()
+        self.norms.clear()
+        self.named_calls.clear()
 
     def position_name(self, position: int) -> str:
         """What a stream position is called: ``input of blocks.0``, ``output of blocks.3``."""
@@ -195,7 +218,7 @@ class StreamForward:
 
         return hook
 
-    def _branch(self, name: str) -> Callable[..., Any]:
+    def _branch(self, name: str, trunk: _TrunkCalls) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not self._open:
                 return None
@@ -203,7 +226,7 @@ class StreamForward:
             if value is None:
                 raise MeasureError(f"The branch {name} returned no float tensor.")
             own = value.clone()  # not a view: what follows may be an in-place operation
-            self.named_calls.append((name, edge_of(own), own.shape))
+            self.named_calls.append(NamedCall(name, edge_of(own), len(trunk.positions)))
             return replaced(output, value, own)
 
         return hook

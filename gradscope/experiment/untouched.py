@@ -59,8 +59,8 @@ def refuse_coupled_samples(model: nn.Module) -> None:
                     else "It keeps no running statistics: replace it by a GroupNorm or LayerNorm."
                 )
                 raise MeasureError(
-                    f"{where} normalises by the statistics of the batch, so that the samples, and the "
-                    f"copies of each, are not independent. {fix}"
+                    f"{where} normalises by the statistics of the batch, so that its samples are not "
+                    f"independent of each other. {fix}"
                 )
         if not module.training:
             continue
@@ -73,8 +73,8 @@ def refuse_coupled_samples(model: nn.Module) -> None:
                 and ("drop" in attribute.lower() or (stochastic and attribute in ("p", "rate", "prob")))
             ):
                 raise MeasureError(
-                    f"{where} has {attribute}={value:g} and is in training mode: dropout would differ "
-                    "between the copies of the batch. Write model.eval()."
+                    f"{where} has {attribute}={value:g} and is in training mode: dropout makes "
+                    "another model of each forward pass. Write model.eval()."
                 )
 
 

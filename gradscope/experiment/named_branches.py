@@ -1,47 +1,45 @@
-"""Which modules are the residual branches of a model, and which block holds each."""
+"""Branches that the caller names by the modules whose outputs they are, and the blocks around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 from torch import nn
 
 from gradscope.errors import LayerError, MeasureError
-from gradscope.layers import select
+from gradscope.layers import Trunk, select
 
-__all__ = ["block_of_each", "branch_names"]
+__all__ = ["NamedTrunk", "named_trunk"]
+
+#: A trunk of which the caller says it, and the names of its branches in definition order.
+NamedTrunk = tuple[Trunk, tuple[str, ...]]
 
 
-def branch_names(model: nn.Module, branches: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names of the branches, in definition order.
+def named_trunk(model: nn.Module, modules: str | Sequence[str] | None) -> NamedTrunk | None:
+    """The trunk whose branches are the outputs of these modules; None where none are named.
 
     Args:
         model: the model.
-        branches: names or globs; None for what the model's own attribute ``branches`` says.
+        modules: names or globs.
 
     Raises:
-        MeasureError: none are named, or one lies inside another.
+        MeasureError: one lies inside another, or they lie in no numbered blocks.
         LayerError: a pattern matches no module.
     """
-    if branches is None:
-        own: Any = getattr(model, "branches", None)
-        if not own or type(own) is not tuple or not all(type(name) is str for name in cast(Any, own)):
-            raise MeasureError(
-                f"The residual branches of {type(model).__name__} are not known. Name the modules whose "
-                'outputs are added to the stream: branches=["blocks.*.attention", "blocks.*.mlp"]'
-            )
-        branches = cast(tuple[str, ...], own)
-    patterns = [branches] if isinstance(branches, str) else list(branches)
+    if modules is None:
+        return None
+    patterns = [modules] if isinstance(modules, str) else list(modules)
     if not patterns:
-        raise MeasureError('branches= is empty. Name them: branches=["blocks.*.attention"]')
+        raise MeasureError(
+            'modules= is empty. Name them: modules=["blocks.*.attention"]; without it they are found.'
+        )
     try:
         # The model itself, which has no name, matches "*" but is no branch of itself.
         names = tuple(layer.name for layer, _ in select(model, patterns) if layer.name)
     except LayerError as error:
-        raise LayerError(str(error).replace("layers=", "branches=", 1)) from None
+        raise LayerError(str(error).replace("layers=", "modules=", 1)) from None
     if not names:
-        raise LayerError(f"branches={branches!r} matches the model itself alone: name modules inside it.")
+        raise LayerError(f"modules={modules!r} matches the model itself alone: name modules inside it.")
     for outer in names:
         inner = next((name for name in names if name.startswith(f"{outer}.")), None)
         if inner is not None:
@@ -49,10 +47,19 @@ def branch_names(model: nn.Module, branches: str | Sequence[str] | None) -> tupl
                 f"The branch {inner} lies inside the branch {outer}: its "
                 "paths would be counted twice. Name one of the two."
             )
-    return names
+    holder = _block_of_each(names)
+    blocks = tuple(dict.fromkeys(holder.values()))
+    return (
+        Trunk(
+            name=blocks[0].rpartition(".")[0] or type(model).__name__,
+            blocks=blocks,
+            branches=tuple(tuple(n for n in names if holder[n] == block) for block in blocks),
+        ),
+        names,
+    )
 
 
-def block_of_each(branches: tuple[str, ...]) -> dict[str, str]:
+def _block_of_each(branches: tuple[str, ...]) -> dict[str, str]:
     """The block of each branch: the numbered child, of the innermost common container, that holds it.
 
     Raises:
