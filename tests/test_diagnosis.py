@@ -319,3 +319,26 @@ def test_a_few_steps_are_too_few_for_what_is_judged_over_steps() -> None:
     assert "needs 3 recorded steps of one run; there is 1" in reasons(diagnosis, "dead_layer")
     assert "a measurement makes no updates" in reasons(diagnosis, "update_ratio")
     assert not reasons(diagnose(trained(residual_chain(), 3)), "dead_layer")
+
+
+def test_parameters_alone_are_not_enough_to_be_healthy() -> None:
+    # A compiled model of which only weights could be read.
+    b = Builder()
+    for signal in ("activation", "output_grad"):
+        b.module(1.0, "h.0", signal, {"l2": "compiled", "count": "compiled", "zeros": "compiled"})
+    b.parameter(1.0, "h.0.weight", {("param_grad", "l2"): 1.0, ("weight", "l2"): 2.0})
+    diagnosis = diagnose(Record({"replicates": "run"}, (b.step(),)))
+    assert diagnosis.values == 2
+    assert diagnosis.word == "nothing checked" and not diagnosis.healthy
+
+
+def test_rules_with_one_reason_share_a_line() -> None:
+    norms = np.exp(np.random.default_rng(0).normal(0, 1.5, (3, 9)).cumsum(1))
+    diagnosis = diagnose(flat_record(norms))
+    said = [names for names, reason in diagnosis.blind_spots if "inconclusive" in reason]
+    assert said == ["vanishing, exploding"]
+    assert {n for names, _ in diagnosis.blind_spots for n in names.split(", ")} == {
+        item.rule for item in diagnosis.not_checked
+    }
+    for shown in (str(diagnosis), render(diagnosis, 200)):
+        assert shown.count("inconclusive") == 1 and "vanishing, exploding: grad_l2 over h" in shown

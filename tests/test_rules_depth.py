@@ -118,19 +118,23 @@ def test_a_small_embedding_before_a_norm_is_the_first_blocks_affair() -> None:
 
 
 class Amplified(nn.Module):
-    """x forward; backward the gradient times a factor."""
+    """Multiplies activations by the gain and gradients by the gain times the factor."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, gain: float, factor: float) -> None:
         super().__init__()
-        self.inner, self.factor = orthogonal(), factor
+        self.inner, self.factor = orthogonal(gain), factor
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         return self.factor * y - (self.factor - 1) * y.detach()
 
 
-def test_a_first_block_whose_gradient_alone_jumps_is_a_warning() -> None:
-    diagnosis = diagnose(measured(lambda: Chain(*(Amplified(90.0 if k == 0 else 1.0) for k in range(8)))))
+@pytest.mark.parametrize("gain", [1.0, 3.0, 1 / 90])
+def test_a_first_block_whose_gradient_alone_jumps_is_a_warning(gain: float) -> None:
+    def make() -> nn.Module:
+        return Chain(*(Amplified(gain, 90 / gain) if k == 0 else orthogonal() for k in range(8)))
+
+    diagnosis = diagnose(measured(make))
     found = only(diagnosis, "one_layer_off")
     assert found.severity == "warning" and found.layers == ("blocks.0",)
     assert found.value == pytest.approx(math.log(90), rel=1e-4)

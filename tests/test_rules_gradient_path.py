@@ -68,6 +68,12 @@ def test_what_is_frozen_needs_no_gradient(freezing: Callable[[nn.Module], None])
     assert not diagnose(record).of("no_gradient_path")
 
 
+def test_a_cut_branch_is_found_although_part_of_it_is_frozen() -> None:
+    model = cut_chain("branch")
+    model.blocks[2].mlp[0].requires_grad_(False)
+    assert only(diagnose(trained(model, 3)), "no_gradient_path").layers == ("blocks.2.mlp",)
+
+
 class Skipping(Chain):
     """Its third block is not called, or every second time only."""
 

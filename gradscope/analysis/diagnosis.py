@@ -101,6 +101,14 @@ class Diagnosis:
         """The findings of one rule."""
         return tuple(finding for finding in self.findings if finding.rule == name)
 
+    @property
+    def blind_spots(self) -> tuple[tuple[str, str], ...]:
+        """(names of rules, reason), those with the same reason together: `not_checked` in short."""
+        by_reason: dict[str, list[str]] = {}
+        for item in self.not_checked:
+            by_reason.setdefault(item.reason, []).append(item.rule)
+        return tuple((", ".join(names), reason) for reason, names in by_reason.items())
+
     def depth_of(self, finding: Finding) -> int:
         """How many findings stand above this one: 0 for a root cause."""
         above = 0
@@ -140,9 +148,9 @@ class Diagnosis:
                 )
         if self.not_checked:
             lines.append("not checked:")
-            for item in self.not_checked:
+            for names, reason in self.blind_spots:
                 lines += textwrap.wrap(
-                    f"{item.rule}: {item.reason}",
+                    f"{names}: {reason}",
                     _WIDTH,
                     initial_indent="  ",
                     subsequent_indent="    ",
@@ -161,7 +169,8 @@ def _paragraphs(finding: Finding) -> Iterator[tuple[str, str]]:
         yield "cause: ", finding.cause
         yield "do: ", finding.remedy
         yield "threshold: ", f"{finding.threshold:.4g} {_unit(finding.unit)}({finding.threshold_source})"
-        yield "source: ", finding.citation
+        if finding.citation != finding.threshold_source:
+            yield "source: ", finding.citation
 
 
 def _unit(unit: str) -> str:

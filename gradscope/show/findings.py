@@ -35,8 +35,8 @@ def findings_tree(diagnosis: Diagnosis) -> Tree:
         places.append(above.add(_described(finding)))
     if diagnosis.not_checked:
         blind = root.add(Text("not checked", style="dim"))
-        for item in diagnosis.not_checked:
-            blind.add(Text(f"{item.rule}: {item.reason}", style="dim"))
+        for names, reason in diagnosis.blind_spots:
+            blind.add(Text(f"{names}: {reason}", style="dim"))
     return root
 
 

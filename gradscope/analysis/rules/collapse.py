@@ -28,6 +28,9 @@ def _quantity(view: View, limits: Limits, name: str, trunk: str) -> History | No
     try:
         found = history(view.record, name, trunk=trunk)
     except QuantityError as error:
+        if name == "qk_ratio" and ": " in str(error):  # then come all the names that are known
+            why = f"{str(error).split(': ')[0]} (by gradscope.analysis.QKV_NAMES)"
+            return limits.not_checked(why)
         return limits.not_checked(f"{name} over {trunk}: {error}")
     if not found.ok.any():
         words = ", ".join(dict.fromkeys(str(w) for w in found.status.ravel()))
@@ -105,7 +108,7 @@ def rank_collapse(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
         ratio = _quantity(view, limits, "qk_ratio", trunk)
         smallest = np.nan
         if isinstance(ratio, NotChecked):
-            yield limits.not_checked(f"{ratio.reason} The cosine alone is not proof.")
+            yield limits.not_checked(f"{ratio.reason.rstrip('.')}. The cosine alone is not proof.")
         else:
             of_step = ratio.ok & (ratio.steps == step)[:, None]
             smallest = float(ratio.value[of_step].min()) if of_step.any() else np.nan
@@ -175,6 +178,10 @@ def _seen(cosine: History, threshold: float, step: int) -> tuple[int, int]:
     return (int(since.min()) if len(since) else step), step
 
 
+def _when(steps: list[int]) -> str:
+    return f"at step {steps[0]}" if len(steps) == 1 else f"in the last {len(steps)} recorded steps"
+
+
 @register
 @rule(
     name="starved_attention",
@@ -226,7 +233,7 @@ def starved_attention(view: View, limits: Limits) -> Iterator[Finding | NotCheck
             steps=(int(steps[0]), int(steps[-1])),
             message=(
                 f"‖∇[W_Q; W_K]‖/‖∇W_V‖ is {value:.2g} in {ratio.layers[lowest]} (threshold "
-                f"{limits['qk_ratio']:g}) in the last {len(steps)} recorded steps; below it in "
+                f"{limits['qk_ratio']:g}) {_when(steps)}; below it in "
                 f"{len(columns)} of {len(ratio.layers)} blocks: {spans([s.name for s in sites])}."
             ),
             cause="The tokens are alike (rank collapse), or the attention logits are tiny or saturated.",

@@ -54,11 +54,11 @@ def _norms(view: View) -> Iterator[tuple[str, Grid]]:
         yield signal, grid
 
 
-_NO_NORM: Final = "no norm (l2) of any activation or gradient in the Record"
+_NO_NORM: Final = "no norm (l2) of the output of any layer, or of its gradient, in the Record"
 
 
 def _any_norm(view: View) -> bool:
-    return any(grid.ok.any() for _, grid in _norms(view))
+    return view.has("activation", "l2") or view.has("output_grad", "l2")
 
 
 def _trailing_zeros(series: npt.NDArray[np.float64]) -> int:
@@ -152,8 +152,8 @@ def dead_layer(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
                         ),
                         cause=_cause(dead.sites),
                         remedy="Look at the first of these layers at that step. For ReLU: a smaller "
-                        "learning rate, He initialisation, or a leaky activation. Without a path to the "
-                        "loss: the output is not used, or detached.",
+                        "learning rate, He initialisation, or a leaky activation. Or its output is "
+                        "multiplied by zero further on.",
                     ),
                 )
     yield from merged.values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from gradscope.analysis.finding import Finding, Limits, NotChecked, register, rule
@@ -22,8 +23,9 @@ def _verdicts(
         side = -limits["nats"] if word == "vanishing" else limits["nats"]
         outside = found.delta.low > side if word == "vanishing" else found.delta.high < side
         if found.word == "inconclusive" and not outside:  # else it is another word that stays open
+            known = "" if math.isnan(found.delta.estimate) else f", Δ = {found.delta.estimate:.3g} nats"
             yield limits.not_checked(
-                f"{found.trunk}: inconclusive, Δ = {found.delta} nats. {found.reason}"
+                f"{quantity} over {found.trunk}: inconclusive{known}. {found.reason}"
             )
         if found.word != word or item.first_block is not None:
             continue  # `one_layer_off` names the first block
@@ -40,9 +42,10 @@ def _verdicts(
             trunk=found.trunk,
             steps=item.steps,
             message=(
-                f"{word}{detail} over the {found.length:g} layers of {found.trunk}, at {site.name} most, "
-                f"up to step {item.steps[1]}: Δ = {found.delta} nats (threshold {limits['nats']:g}). "
-                f"{found.reason} About {found.claim}."
+                f"{found.reason} Over the {found.length:g} layers of {found.trunk}, "
+                f"{'least' if word == 'vanishing' else 'most'} at {site.name}, up to step "
+                f"{item.steps[1]}{detail}: Δ = {found.delta} nats (threshold {side:g}). About "
+                f"{found.claim}."
             ),
             cause=cause,
             remedy=remedy,

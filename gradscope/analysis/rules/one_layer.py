@@ -155,8 +155,8 @@ def _off(limits: Limits, found: History) -> Iterator[Finding | NotChecked]:
     present = np.flatnonzero(inside & ~np.isnan(r).all(0)) if len(rows) else np.empty(0, np.int64)
     if len(present) < limits["layers"]:
         yield limits.not_checked(
-            f"{found.quantity} over {found.trunk}: {len(present)} blocks after the first have a factor; "
-            f"needs {limits['layers']:g}"
+            f"{found.trunk}: {len(present)} blocks after the first can be compared; needs "
+            f"{limits['layers']:g}"
         )
         return
     middle = np.nanmedian(r[:, present], axis=0)
