@@ -14,6 +14,7 @@ from planted import (
     TEXT,
     WIDTH,
     Chain,
+    Massive,
     classified,
     data,
     killed,
@@ -39,7 +40,7 @@ from gradscope.analysis.diagnosis import (
     diagnose,
     rule,
 )
-from gradscope.analysis.view import View
+from gradscope.analysis.view import Site, View
 from gradscope.errors import QuantityError
 from gradscope.record import Record, Rows, Step
 from gradscope.reference import next_token_loss
@@ -342,3 +343,44 @@ def test_rules_with_one_reason_share_a_line() -> None:
     }
     for shown in (str(diagnosis), render(diagnosis, 200)):
         assert shown.count("inconclusive") == 1 and "vanishing, exploding: grad_l2 over h" in shown
+
+
+# -- replicates ----------------------------------------------------------------------------------
+
+
+def test_a_fault_that_every_replicate_has_is_one_finding() -> None:
+    def make() -> nn.Module:
+        return Chain(Massive(0), Massive(0), Massive(500.0), Massive(0), width=64)
+
+    record = gradscope.measure(make, next(data(size=256)), classified, 3)
+    found = only(diagnose(record), "massive_activations")
+    assert found.layers[0] == "blocks.2" and "So in 3 replicates." in found.message
+    one = only(
+        diagnose(gradscope.measure(make, next(data(size=256)), classified, 1)), "massive_activations"
+    )
+    assert "replicates" not in one.message
+
+
+def test_what_differs_between_replicates_stays_apart() -> None:
+    @rule(
+        name="each",
+        title="each",
+        citation="none",
+        thresholds={"t": Threshold(value=1.0, unit="1", source="test")},
+    )
+    def each(view: View, limits: Limits) -> Iterator[Finding]:
+        """Findings at several layers and steps."""
+        for layer, step in (("h.0", 0), ("h.0", 1), ("h.1", 0), ("h.0", 9)):
+            site = Site("h", 1.0, layer, "Block", 0)
+            yield limits.finding(
+                "t", value=2.0, message="m", cause="c", remedy="r", steps=(step, step + 1), sites=[site]
+            )
+
+    found = diagnose(flat_record(np.ones((2, 5))), rules=[each]).findings
+    assert [(f.layers, f.steps) for f in found] == [
+        (("h.0",), (0, 2)),
+        (("h.1",), (0, 1)),
+        (("h.0",), (9, 10)),
+    ]
+    # In one run they are different things.
+    assert len(diagnose(flat_record(np.ones((1, 5))), rules=[each]).findings) == 4

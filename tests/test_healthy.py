@@ -116,17 +116,17 @@ def bert() -> nn.Module:
     )
 
 
-def llama() -> nn.Module:
+def llama(width: int = WIDTH) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
+            hidden_size=width,
             num_hidden_layers=8,
             num_attention_heads=2,
             num_key_value_heads=1,
-            intermediate_size=3 * WIDTH,
+            intermediate_size=3 * width,
             max_position_embeddings=CONTEXT,
         )
     )
@@ -315,6 +315,16 @@ def alarms(diagnosis: Diagnosis) -> list[str]:
 def test_healthy_at_initialisation(name: str) -> None:
     diagnosis = diagnose(initialised(CASES[name], seed=1))
     assert diagnosis.healthy, alarms(diagnosis)
+
+
+def test_a_wide_llama_has_a_small_embedding_and_is_healthy() -> None:
+    # N(0, .02) embeddings are fifty times smaller than unit variance, which the first norm makes of them:
+    # at real widths the first block alone exceeds the 3 nats of a whole trunk.
+    record = initialised(Case(lambda: llama(768), text), seed=1)
+    assert gradscope.verdict(record).word == "exploding"
+    diagnosis = diagnose(record)
+    assert diagnosis.healthy, alarms(diagnosis)
+    assert [f.layers for f in diagnosis.of("one_layer_off")] == [("model.layers.0",)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Final, Literal
 
 from gradscope.analysis import rules as _rules
 from gradscope.analysis.arguments import as_record, meant
+from gradscope.analysis.causes import over_replicates, under_their_causes
 from gradscope.analysis.finding import (
     RULES,
     SEVERITIES,
@@ -235,7 +236,7 @@ def diagnose(
     return Diagnosis(
         model=str(record.header.get("model", "a model")),
         steps=view.span(range(len(view.steps))),
-        findings=_linked(found, asked),
+        findings=under_their_causes(over_replicates(found, len(view.runs)), asked),
         not_checked=tuple(dict.fromkeys(blind)),
         checked=tuple(asked),
         values=sum(int((step.status == 0).sum()) for step in record.steps),
@@ -300,45 +301,3 @@ def _checked_thresholds(
                 raise ValueError(f"the threshold {key!r} of {name!r} is a number above 0; got {value}")
         checked[name] = {key: float(value) for key, value in values.items()}
     return checked
-
-
-def _linked(found: list[Finding], asked: Mapping[str, Rule]) -> tuple[Finding, ...]:
-    """Each finding under the one that explains it, root causes first.
-
-    A cause is a finding of one of the rules in ``explained_by`` that began no later, on the same trunk
-    or off the axis. Of several, the one whose rule stands first in ``explained_by``. Causes precede
-    their symptoms in one total order (first step, then the order of the rules), so that no circle arises.
-    """
-    place = {name: i for i, name in enumerate(asked)}
-    order = sorted(range(len(found)), key=lambda i: (found[i].steps[0], place[found[i].rule], i))
-    cause: dict[int, int | None] = {}
-    for position, i in enumerate(order):
-        wanted = asked[found[i].rule].explained_by
-        candidates = [j for j in order[:position] if _explains(found[j], found[i], wanted)]
-        cause[i] = min(candidates, key=lambda j: wanted.index(found[j].rule), default=None)
-    below: dict[int | None, list[int]] = {}
-    for i in order:
-        below.setdefault(cause[i], []).append(i)
-
-    def gravest(i: int) -> int:
-        return min([SEVERITIES.index(found[i].severity), *(gravest(j) for j in below.get(i, []))])
-
-    result: list[Finding] = []
-
-    def place_under(i: int, above: int | None) -> None:
-        at = len(result)
-        result.append(replace(found[i], because_of=above))
-        for j in sorted(below.get(i, []), key=gravest):
-            place_under(j, at)
-
-    for i in sorted(below.get(None, []), key=gravest):  # stable: by time within one severity
-        place_under(i, None)
-    return tuple(result)
-
-
-def _explains(cause: Finding, symptom: Finding, wanted: tuple[str, ...]) -> bool:
-    if cause.rule not in wanted or cause.severity == "note":
-        return False
-    # NaN does not stay on its trunk: it reaches the loss, and from there every gradient.
-    together = cause.trunk == symptom.trunk or "" in (cause.trunk, symptom.trunk)
-    return together or cause.severity == "critical"
