@@ -508,6 +508,43 @@ def test_the_printed_lines() -> None:
     ]
 
 
+class RootMeanSquare(torch.autograd.Function):
+    """A norm in a function of its own, as fused kernels have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        r = x.square().mean(-1, keepdim=True).rsqrt()
+        ctx.save_for_backward(x * r, r)
+        return x * r
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        y, r = ctx.saved_tensors
+        return (grads[0] - y * (grads[0] * y).mean(-1, keepdim=True)) * r
+
+
+class FusedNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return RootMeanSquare.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (lambda m, x: m.norm(x + m.w(x)), "post-norm"),
+        (lambda m, x: x + m.w(m.norm(x)), "pre-norm"),
+        (lambda m, x: x + m.norm(m.w(m.norm(x))), "peri-norm"),
+        (lambda m, x: m.norm(m.w(x)), "none"),
+    ],
+)
+def test_norms_in_functions_of_their_own(line: Callable[[Any, Tensor], Tensor], kind: str) -> None:
+    model = Net(line).double()
+    for block in model.blocks:
+        block.norm = FusedNorm()
+    found = architecture(model, rows(3, 4, WIDTH).double())
+    assert [(s.kind, s.status) for s in found.sublayers] == [(kind, "ok")] * 2
+
+
 def test_a_norm_that_is_none() -> None:
     """A module called a norm on the stream is run on its own, and must act alike."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,9 +10,8 @@ from torch import nn
 
 from gradscope.experiment.stream_graph import Operand, Piece, Region, is_norm
 from gradscope.experiment.stream_reader import StreamForward
-from gradscope.layers import named_layers
 
-__all__ = ["Outline", "has_norm", "has_scale", "outline"]
+__all__ = ["Outline", "has_norm", "has_scale", "has_weights", "outline"]
 
 # What a norm that is written out consists of: a mean, and a division by its root.
 _MEAN: Final = ("MeanBackward", "SumBackward", "VarBackward", "StdBackward", "NormBackward")
@@ -37,7 +36,11 @@ class Outline:
 
 
 def outline(
-    forward: StreamForward, model: nn.Module, region: Region, piece: Piece, operand: Operand
+    forward: StreamForward,
+    modules: Mapping[str, nn.Module],
+    region: Region,
+    piece: Piece,
+    operand: Operand,
 ) -> Outline:
     """The outline of the branch that an addition takes as one of its operands."""
     output = next(edge for place, edge in region.uses(operand[0]) if place == operand[1])
@@ -45,20 +48,26 @@ def outline(
     behind: list[Piece] = []
     for part in branch.pieces:
         behind.append(part)
-        if part.heavy:
+        if has_weights(forward, part):
             break
     before: list[Piece] = []
     for part in reversed(branch.pieces):
-        if part.heavy or part in behind:
+        if has_weights(forward, part) or part in behind:
             break
         before.append(part)
-    tail = behind if not behind or not behind[-1].heavy else behind[:-1]
+    tail = behind[:-1] if behind and has_weights(forward, behind[-1]) else behind
     return Outline(
-        module=_module(forward, model, behind),
+        module=_module(forward, modules, behind),
         norm_before=has_norm(forward, before[::-1]),
         norm_behind=has_norm(forward, tail),
         scaled=has_scale(forward, tail),
     )
+
+
+def has_weights(forward: StreamForward, piece: Piece) -> bool:
+    """Whether a matrix, a convolution or something that cannot be seen lies on it, norm modules apart."""
+    call = forward.norms.get(piece.head)
+    return piece.heavy and (call is None or call.source != piece.tail)
 
 
 def has_norm(forward: StreamForward, pieces: Iterable[Piece]) -> bool:
@@ -90,7 +99,7 @@ def _without_norms(forward: StreamForward, pieces: Sequence[Piece]) -> Iterator[
             until = None
 
 
-def _module(forward: StreamForward, model: nn.Module, pieces: Sequence[Piece]) -> str:
+def _module(forward: StreamForward, modules: Mapping[str, nn.Module], pieces: Sequence[Piece]) -> str:
     """The module with weights whose output is closest to the branch's, the outermost of several."""
     named = [
         (place, name)
@@ -99,7 +108,6 @@ def _module(forward: StreamForward, model: nn.Module, pieces: Sequence[Piece]) -
     ]
     if not named:
         return ""
-    modules = named_layers(model)
 
     def rank(found: tuple[int, str]) -> tuple[bool, int, int]:
         place, name = found

@@ -179,8 +179,11 @@ class StreamForward:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if trunk.positions or not self._open:
                 return None
-            floats = [t for t in tensors_in((args, kwargs)) if t.is_floating_point()]
-            h = next((t for t in floats if t.requires_grad), floats[0] if floats else None)
+            # Among named arguments a mask may come first, which requires no gradient.
+            floats = [t for t in tensors_in(kwargs) if t.is_floating_point()]
+            first = next((t for t in floats if t.requires_grad), floats[0] if floats else None)
+            h = first_float(args)
+            h = first if h is None else h
             if h is None:
                 return None
             leaf = h if h.requires_grad else h.detach().requires_grad_()

@@ -8,7 +8,7 @@ weights and no such operand is a layer without a skip. `gradscope.experiment.ski
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
@@ -16,7 +16,7 @@ from typing import Final
 from torch import nn
 from torch.autograd.graph import Node
 
-from gradscope.experiment.branch_outline import has_norm, has_scale, outline
+from gradscope.experiment.branch_outline import has_norm, has_scale, has_weights, outline
 from gradscope.experiment.stream_graph import (
     Edge,
     Operand,
@@ -29,6 +29,7 @@ from gradscope.experiment.stream_graph import (
     leading_to,
 )
 from gradscope.experiment.stream_reader import StreamForward, refuse_reentrant
+from gradscope.layers import named_layers
 
 __all__ = ["Located", "Sublayer", "locate"]
 
@@ -123,6 +124,7 @@ def locate(forward: StreamForward, model: nn.Module) -> list[Located]:
         return []
     alive = leading_to([start], first)
     known = {edge for edge in edges if edge is not None}
+    modules = named_layers(model)
     found: list[Located] = []
     for number, (source, output) in enumerate(pairwise(edges), 1):
         if source is None or output is None:
@@ -130,7 +132,7 @@ def locate(forward: StreamForward, model: nn.Module) -> list[Located]:
         region = Region(output, source, alive, known - {source})
         if any(node.name() == "CheckpointFunctionBackward" for p in region.pieces for node in p.nodes):
             refuse_reentrant(forward.value)
-        items = _Reader(forward, model, region, number).read()
+        items = _Reader(forward, modules, region, number).read()
         for item in items:
             if isinstance(item, Located):
                 found.append(item)
@@ -166,9 +168,11 @@ def _mark_ways_past(forward: StreamForward, found: Sequence[Located], known: Col
 class _Reader:
     """Sorts what lies between two stream positions into sublayers and moves of the stream."""
 
-    def __init__(self, forward: StreamForward, model: nn.Module, region: Region, number: int) -> None:
+    def __init__(
+        self, forward: StreamForward, modules: Mapping[str, nn.Module], region: Region, number: int
+    ) -> None:
         self.forward = forward
-        self.model = model
+        self.modules = modules
         self.region = region
         self.number = number
         at, trunk = forward.positions[number], forward.trunk
@@ -205,7 +209,7 @@ class _Reader:
         if operands is None or not operands.skips or not operands.branches:
             return None
         seen = [
-            outline(self.forward, self.model, self.region, piece, operand)
+            outline(self.forward, self.modules, self.region, piece, operand)
             for operand in operands.branches
         ]
         called = list(dict.fromkeys(name for names in self.forward.outputs.values() for name in names))
@@ -235,17 +239,17 @@ class _Reader:
         for piece in pieces:
             run.append(piece)
             suspect = self.region.suspect(piece)
-            if suspect is not None:
+            if suspect is not None and has_weights(self.forward, piece):
                 found += [*run[:-1], self._unproved(piece.head, piece.tail, _reason(suspect))]
                 run = []
-            elif any(p.heavy for p in run):
+            elif any(has_weights(self.forward, p) for p in run):
                 names = self.forward.outputs.get(piece.head, ())
                 name = next((name for name in names if name in self.proposed), None)
                 if name is not None:
                     found.append(self._layer(run, name))
                     run = []
         # What comes behind the last weights only moves the stream.
-        heavy = max((i + 1 for i, piece in enumerate(run) if piece.heavy), default=0)
+        heavy = max((i + 1 for i, p in enumerate(run) if has_weights(self.forward, p)), default=0)
         if heavy:
             names = self.forward.outputs.get(run[heavy - 1].head, ())
             found.append(self._layer(run[:heavy], min(names, key=lambda n: n.count("."), default="")))

@@ -83,6 +83,12 @@ class TrunkPass:
                 for item in self.located
                 for operand in (item.branches or (None,))
             ]
+        if not uses:
+            raise MeasureError(
+                f"No residual branch was found in the blocks of {self.forward.trunk.name}: nothing with "
+                "weights in them lets a gradient through. print(gradscope.architecture(model, batch)) "
+                "says more."
+            )
         self._uses = [use for use, _ in uses]
         self.branches = tuple(position for _, position in uses)
         self._check_end()
