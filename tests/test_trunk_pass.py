@@ -9,11 +9,13 @@ from typing import Any
 import models
 import pytest
 import torch
+from reference import depth_by_deletion
 from test_architecture import TOKENS, WIDTH, Net, rows
 from torch import Tensor, nn
 
 from gradscope.errors import MeasureError
 from gradscope.experiment.effective_depth import effective_depth
+from gradscope.experiment.paths import path_spectrum
 from gradscope.experiment.trunk_pass import TrunkPass
 
 X = rows(3, 4, WIDTH).double()
@@ -201,6 +203,91 @@ def test_a_mask_among_named_arguments_is_not_the_stream() -> None:
         a.w.load_state_dict(b.f.state_dict())
     found = effective_depth(model, X, square)
     assert found.value == pytest.approx(effective_depth(plain, X, square).value, rel=1e-12)
+
+
+def test_branches_under_autocast_are_refused() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return square(model, batch)
+
+    model = Net(lambda m, x: x + m.norm(m.w(x).float())).float()
+    model.embed = nn.Identity()
+    for modules in (None, "blocks.*.norm"):
+        with pytest.raises(MeasureError, match=r"output of blocks\.1 something computes in bfloat16"):
+            effective_depth(model, X.float(), loss, modules=modules)
+
+
+class Counting:
+    """A loss that notes how many samples it is asked about."""
+
+    def __init__(self) -> None:
+        self.samples: list[int] = []
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        self.samples.append(len(batch))
+        return square(model, batch)
+
+
+@pytest.mark.parametrize("longest", [None, 0, 1, 3])
+def test_how_many_passes_it_takes(longest: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D: one and a half forward passes, two and a half backward; c_0 to c_K: K + 2 and a half."""
+    passes: list[bool] = []
+    gradient = TrunkPass.gradient
+
+    def counted(self: TrunkPass, seed: Tensor | None = None, **changes: Any) -> Tensor | None:
+        passes.append(seed is None)
+        return gradient(self, seed, **changes)
+
+    monkeypatch.setattr(TrunkPass, "gradient", counted)
+    loss, batch = Counting(), torch.cat([X, X.flip(0)])
+    effective_depth(routed(), batch, loss)
+    assert loss.samples == [6, 3]
+    assert passes == [True, False]
+    passes.clear()
+    loss = Counting()
+    path_spectrum(routed(), batch, loss, max_length=longest)
+    assert loss.samples == [6, 3]
+    # Without a limit it ends behind the longest path, of six branches.
+    assert passes == [True] + [False] * (7 if longest is None else longest + 1)
+
+
+def test_parallel_branches_take_no_pass_for_lengths_that_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeded: list[bool] = []
+    gradient = TrunkPass.gradient
+
+    def counted(self: TrunkPass, seed: Tensor | None = None, **changes: Any) -> Tensor | None:
+        seeded.append(seed is not None)
+        return gradient(self, seed, **changes)
+
+    monkeypatch.setattr(TrunkPass, "gradient", counted)
+    model = Net(lambda m, x: x + m.w(m.norm(x)) + m.v(m.norm(x)), 2).double()
+    found = path_spectrum(model, X, square)
+    assert found.branches == 4
+    assert sum(seeded) == 3  # no path crosses more than two of them
+    assert found.norm[3:].tolist() == [0, 0]
+
+
+def test_an_encoder_and_a_decoder_of_torchs_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Transformer(WIDTH, 2, 2, 3, 16, 0.0, batch_first=True).double()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model(*batch).pow(3).mean()
+
+    batch = X, X.flip(0)
+    for trunk, first, count, parts in (
+        (None, "decoder.layers.0", 3, ("dropout1", "dropout2", "dropout3")),
+        ("encoder.layers", "encoder.layers.0", 2, ("dropout1", "dropout2")),
+    ):
+        container = first.rpartition(".")[0]
+        branches = [f"{container}.{i}.{part}" for i in range(count) for part in parts]
+        expected, n = depth_by_deletion(model, lambda m: loss(m, batch), first, branches)
+        found = effective_depth(model, batch, loss, trunk=trunk)
+        assert found.value == pytest.approx(expected, rel=1e-11)
+        assert found.branches == n == len(branches)
+        assert found.trunk == container
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -28,6 +29,7 @@ __all__ = [
     "add_operands",
     "arrivals",
     "changes_a_view",
+    "dtypes_between",
     "edge_of",
     "leading_to",
 ]
@@ -99,6 +101,15 @@ def leading_to(starts: Iterable[Node], goal: Edge) -> set[Node]:
         if node is not goal[0]:
             stack += [(n, False) for n, _ in node.next_functions if n is not None and n not in seen]
     return alive
+
+
+def dtypes_between(output: Edge, source: Edge) -> set[torch.dtype]:
+    """The dtypes of all tensors that a gradient crosses on its way from one to the other."""
+    found: set[torch.dtype] = set()
+    for node in leading_to([output[0]], source):
+        about: Any = getattr(node, "_input_metadata", ())
+        found |= {tensor.dtype for tensor in about}
+    return found
 
 
 def arrivals(start: Edge, stops: Collection[Edge], without: Collection[Operand] = ()) -> set[Edge]:

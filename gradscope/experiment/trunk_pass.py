@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from gradscope.errors import MeasureError
 from gradscope.experiment.named_branches import NamedTrunk
 from gradscope.experiment.skip_proof import change_operands, prove
-from gradscope.experiment.stream_graph import Edge, Operand, arrivals, edge_of
+from gradscope.experiment.stream_graph import Edge, Operand, arrivals, dtypes_between, edge_of
 from gradscope.experiment.stream_reader import StreamForward, refuse_reentrant
 from gradscope.experiment.sublayers import Located, locate
 
@@ -32,6 +32,7 @@ AtBranch = Callable[[int, Tensor], Tensor | None]
 AtPosition = Callable[[int, Tensor], Tensor]
 
 _DTYPES: Final = (torch.float64, torch.float32)
+_LOWER: Final = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,6 +199,17 @@ class TrunkPass:
             raise MeasureError(
                 f"No gradient path from the loss to the {self.forward.position_name(0)}: something "
                 "between them is detached, or runs under no_grad."
+            )
+
+        end = positions[-1].edge
+        lower = {} if end is None else dtypes_between(end, first) & set(_LOWER)
+        if lower:
+            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in lower))
+            raise MeasureError(
+                f"Between the {self.forward.position_name(0)} and the "
+                f"{self.forward.position_name(self.last)} something computes in {names}: the gradient is "
+                "divided among paths that partly cancel, which takes float64 or float32. Write "
+                "model.double(), outside of autocast."
             )
 
     def _check_named(self, named: NamedTrunk) -> None:
