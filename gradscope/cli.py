@@ -54,7 +54,7 @@ counts and parameter gradients over depth, at one step.
 _DIAGNOSE = """\
 Say what is wrong in a Record, where, since when, why, and what to do: every health rule, and the
 verdict on the gradient and the activation over depth. Exit code 0 where nothing is worse than a
-note, 1 where something is.
+note, 1 where something is, or where nothing was recorded that a rule could judge.
 """
 
 _DOCTOR = """\

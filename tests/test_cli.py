@@ -157,6 +157,18 @@ def test_diagnose_prints_findings_and_verdicts(
     assert "act_mean_square over blocks: inconclusive" in out
 
 
+def test_diagnose_of_an_empty_record_does_not_end_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gradscope.record import Rows, Step
+
+    path = Record({"model": "Toy"}, (Step.of(Rows.of([]), [], {}, step=0, replicate=0),)).save(
+        tmp_path / "empty.jsonl"
+    )
+    assert main(["diagnose", str(path)]) == 1
+    assert "Toy, step 0: nothing recorded" in capsys.readouterr().out
+
+
 def test_diagnose_ends_with_one_where_something_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,7 +214,7 @@ class View:
         for s, step in enumerate(self.steps):
             columns, rows = where[id(step.rows)]
             value[s, columns] = step.value[rows]
-            words[s, columns] = step.words()[rows]
+            words[s, columns] = np.asarray(step.statuses, dtype=object)[step.status[rows]]
         return Grid(sites, value, np.asarray(words == OK, dtype=np.bool_)), words
 
 

@@ -102,8 +102,9 @@ def _first_blocks(view: View, limits: Limits) -> Iterator[Finding]:
                 "puts out: an embedding with a scale of its own before a norm, which divides gradients "
                 "by that scale. They reach only what stands before the trunk."
                 if together
-                else "This block's own weights or code; the scale of its input does not explain it: "
-                "gradient and activation do not jump together."
+                else "This block's own weights or code, or single positions whose input is next to zero "
+                "(a padding token's embedding), which a norm divides by. The scale of its input as a "
+                "whole does not explain it: gradient and activation do not jump together."
             ),
             remedy=(
                 "Nothing while training is stable. Else bring the embedding to the scale of the stream "
