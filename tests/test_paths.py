@@ -450,19 +450,20 @@ def test_parts_with_other_numbers_of_valid_tokens() -> None:
         assert_spectrum(found, position, parts, 1e-12)
 
 
-def test_the_part_that_is_run_is_said_on_a_terminal(
+def test_how_far_it_is_is_said_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, batch = transformer("rezero"), text()
-    path_spectrum(model, batch, next_token_loss, max_bytes=100_000)
+    model, batch = transformer("pre_norm"), text()
+    path_spectrum(model, batch, next_token_loss)
     assert capsys.readouterr().err == ""  # no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    path_spectrum(model, batch, next_token_loss, max_bytes=100_000, progress=False)
-    path_spectrum(model, batch, next_token_loss)
+    path_spectrum(model, batch, next_token_loss, progress=False)
+    path_spectrum(model, batch, next_token_loss, max_length=0)
     assert capsys.readouterr().err == ""
+    path_spectrum(model, batch, next_token_loss)
+    assert capsys.readouterr().err.endswith("\rpath spectrum: 6 of 7\rpath spectrum: 7 of 7\n")
     path_spectrum(model, batch, next_token_loss, max_bytes=100_000)
-    said = capsys.readouterr().err
-    assert said.endswith("\rpath spectrum: 3 of 3\n")
+    assert capsys.readouterr().err.endswith("\rpath spectrum, part 3 of 3: 7 of 7\n")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.95, 1.0])

@@ -128,8 +128,7 @@ def effective_depth(
             gives κ and Σ|w_k|, and checks D by Σ_k k·w_k. It costs n + 1 further backward passes.
         max_bytes: as for `gradscope.path_spectrum`.
         batch_dim: the dimension of the batch's tensors along which the samples lie.
-        progress: whether to say on a terminal which part of the samples is being run, if there are
-            several.
+        progress: whether to say on a terminal how far the spectrum is.
 
     Returns:
         D, with D per sample, the reading point and what was checked. With a gradient of exactly 0, or
@@ -170,7 +169,7 @@ def effective_depth(
         products: list[Tensor] = []
         squares: list[Tensor] = []
         largest = samples.gradients[0].abs().amax().double()
-        for part in samples.parts(max_bytes, plain.last + len(plain.branches), _said(progress)):
+        for part in samples.parts(max_bytes, plain.last + len(plain.branches)):
             gradients = part.gradients()
             g, change = gradients.stream[0], _change(part.run, part.seed, gradients.branches)
             # In float64 and scaled to 1: the square of a vanished gradient would underflow.
@@ -192,10 +191,6 @@ def effective_depth(
             samples, blocks=False, max_length=None, max_bytes=max_bytes, progress=progress
         )
     return _with_spectrum(found, behind, ROUNDING[samples.gradients[0].dtype])
-
-
-def _said(progress: bool) -> str:
-    return "effective depth" if progress else ""
 
 
 def _change(run: TrunkPass, seed: Tensor, arrived: Mapping[int, Tensor]) -> Tensor:

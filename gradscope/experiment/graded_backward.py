@@ -15,7 +15,7 @@ s_l, and at its input c_k = s·c_k' + Jᵀc_{k−1}' − s·c_{k−1}', the dash
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,18 +30,20 @@ __all__ = ["block_skips", "by_blocks", "by_branches"]
 Read = Callable[[int, int, Tensor], None]
 
 
-def by_branches(run: TrunkPass, seed: Tensor, longest: int, read: Read) -> None:
-    """All c_k with k ≤ ``longest`` at all stream positions; those that are not read are 0.
+def by_branches(run: TrunkPass, seed: Tensor, lengths: Iterable[int], read: Read) -> None:
+    """All c_k with k ≤ K at all stream positions; those that are not read are 0.
 
     Args:
         run: the pass.
         seed: the gradient at the trunk's end.
-        longest: K.
+        lengths: 0, 1, ..., K; where no paths are that long, there is no pass for them.
         read: takes them.
     """
     arrived: dict[int, Tensor] = {}
-    for length in range(longest + 1):
+    for length in lengths:
         given, arrived = arrived, {}
+        if length and not given:
+            continue
 
         def at_branch(
             number: int,
@@ -59,17 +61,17 @@ def by_branches(run: TrunkPass, seed: Tensor, longest: int, read: Read) -> None:
 
         begin = seed if length == 0 else torch.zeros_like(seed)
         run.gradient(begin, at_branch=at_branch, at_position=at_position)
-        if not arrived:
-            return
 
 
-def by_blocks(run: TrunkPass, seed: Tensor, longest: int, read: Read, *, skips: Sequence[float]) -> None:
+def by_blocks(
+    run: TrunkPass, seed: Tensor, lengths: Iterable[int], read: Read, *, skips: Sequence[float]
+) -> None:
     """The same with each block as one branch.
 
     Args:
         run: the pass.
         seed: the gradient at the trunk's end.
-        longest: K.
+        lengths: 0, 1, ..., K.
         read: takes the c_k.
         skips: s_l of each block, by `block_skips`.
     """
@@ -81,7 +83,9 @@ def by_blocks(run: TrunkPass, seed: Tensor, longest: int, read: Read, *, skips: 
         shorter[number] = s * part.reshape(shape) if s else part.new_zeros(shape)
     for number, part in shorter.items():
         read(0, number, part)
-    for length in range(1, longest + 1):
+    for length in lengths:
+        if length == 0 or not any(part.any() for number, part in shorter.items() if number):
+            continue  # the skips alone, without a backward pass; or no paths that long
         here: dict[int, Tensor] = {}
 
         def at_position(
@@ -104,8 +108,6 @@ def by_blocks(run: TrunkPass, seed: Tensor, longest: int, read: Read, *, skips: 
 
         run.gradient(seed, at_position=at_position)
         shorter = here
-        if not any(part.any() for number, part in here.items() if number):
-            return
 
 
 def block_skips(run: TrunkPass) -> tuple[float, ...]:

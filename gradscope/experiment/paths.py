@@ -34,6 +34,7 @@ from gradscope.errors import MeasureError
 from gradscope.experiment.graded_backward import block_skips, by_blocks, by_branches
 from gradscope.experiment.path_sums import StreamSums
 from gradscope.experiment.products import l2
+from gradscope.experiment.progress import counted
 from gradscope.experiment.spectrum import PathSpectrum
 from gradscope.experiment.trunk_pass import TrunkPass
 from gradscope.experiment.trunk_samples import DEFAULT_MAX_BYTES, ROUNDING, TrunkSamples
@@ -85,8 +86,7 @@ def path_spectrum(
             samples are run in parts as small as this takes. The one ordinary pass of the whole batch is
             not bounded.
         batch_dim: the dimension of the batch's tensors along which the samples lie.
-        progress: whether to say on a terminal which part of the samples is being run, if there are
-            several.
+        progress: whether to say on a terminal which length of which part of the samples is being run.
 
     Returns:
         Norms and weights of all c_k at h_0 and behind every block, and what was checked. With a
@@ -161,13 +161,14 @@ def spectrum_of(
     checks, chunks = samples.checks, 0
     if samples.status == "ok":
         tensors = 2 * (last + 1) + 2 * n  # g and Σ c_k at the positions; what arrives at the branches
-        for part in samples.parts(max_bytes, tensors, "path spectrum" if progress else ""):
+        for part in samples.parts(max_bytes, tensors):
+            lengths = counted(range(longest + 1), part.called("path spectrum"), show=progress)
             chunks += 1
             sums.begin(part.gradients().stream)
             if blocks:
-                by_blocks(part.run, part.seed, longest, sums.add, skips=skips)
+                by_blocks(part.run, part.seed, lengths, sums.add, skips=skips)
             else:
-                by_branches(part.run, part.seed, longest, sums.add)
+                by_branches(part.run, part.seed, lengths, sums.add)
             sums.end()
         checks = samples.checks
         if longest == n:

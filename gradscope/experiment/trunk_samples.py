@@ -21,7 +21,6 @@ from gradscope.errors import MeasureError
 from gradscope.experiment.batches import loss_or_own, part_of, sample_count
 from gradscope.experiment.named_branches import named_trunk
 from gradscope.experiment.path_sums import SavedBytes
-from gradscope.experiment.progress import counted
 from gradscope.experiment.stream_reader import StreamForward
 from gradscope.experiment.trunk_pass import TrunkPass
 from gradscope.experiment.untouched import refuse_coupled_samples, shared_copy
@@ -80,6 +79,8 @@ class Part:
             had.
         samples: how many samples these are.
         dim: the dimension along which they lie at h_0; None for a batch of one.
+        number: which part this is, from 1.
+        parts: how many there are.
     """
 
     run: TrunkPass
@@ -87,6 +88,12 @@ class Part:
     own: Gradients | None
     samples: int
     dim: int | None
+    number: int = 1
+    parts: int = 1
+
+    def called(self, what: str) -> str:
+        """What work on this part is called on a terminal."""
+        return what if self.parts == 1 else f"{what}, part {self.number} of {self.parts}"
 
     def by_sample(self, products: Tensor) -> Tensor:
         """Sums of something of the shape of h_0 over all of each sample, [samples]."""
@@ -184,13 +191,12 @@ class TrunkSamples:
         """Where g is read."""
         return self.plain.forward.position_name(0)
 
-    def parts(self, max_bytes: int, tensors: int, progress: str = "") -> Iterator[Part]:
+    def parts(self, max_bytes: int, tensors: int) -> Iterator[Part]:
         """Passes of all samples, in parts that keep no more than this for their backward passes.
 
         Args:
             max_bytes: how much that is.
             tensors: how many gradients of the size of the stream are kept besides.
-            progress: what to call the work on a terminal, "" to be silent.
 
         Raises:
             MeasureError: one sample keeps more.
@@ -213,8 +219,10 @@ class TrunkSamples:
         self._graph = False
         # As even as possible: 5 + 5 rather than 9 + 1.
         size = math.ceil(self.samples / math.ceil(self.samples / fitting))
-        for start in counted(range(0, self.samples, size), progress, show=bool(progress)):
-            yield self._part(start, min(start + size, self.samples))
+        starts = range(0, self.samples, size)
+        for number, start in enumerate(starts, 1):
+            part = self._part(start, min(start + size, self.samples))
+            yield replace(part, number=number, parts=len(starts))
 
     def _part(self, start: int, stop: int) -> Part:
         run = self._run(start, stop)
