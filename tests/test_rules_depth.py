@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import synthetic
 import torch
 from planted import TEXT, Chain, gained, measured, one_gain, only, orthogonal, read, reasons, transformer
-from synthetic import flat_record
+from synthetic import Builder, flat_record
 from torch import Tensor, nn
 
 import gradscope
-from gradscope.analysis.diagnosis import diagnose
+from gradscope.analysis.diagnosis import Diagnosis, diagnose
+from gradscope.record import Record, Step
 from gradscope.reference import next_token_loss
 
 
@@ -151,3 +154,27 @@ def test_a_trend_that_all_blocks_share_is_not_the_first_blocks(gain: float) -> N
     assert gradscope.verdict(edge).word == "exploding"
     assert gradscope.verdict(edge).without_first_block is None
     assert diagnose(edge).of("exploding")
+
+
+def run_with_first_jump(nats: Callable[[int], float]) -> Diagnosis:
+    """Three runs over eight even blocks whose first one multiplies both signals by e^nats."""
+    steps: list[Step] = []
+    for i, run in itertools.product(range(24), range(3)):
+        b = Builder()
+        for depth in range(9):
+            layer, kind = synthetic.name(depth)
+            for signal, low in (("output_grad", depth > 0), ("activation", depth == 0)):
+                l2 = math.exp(-nats(i) if low else 0.0)
+                b.module(depth, layer, signal, {"l2": l2, "count": 32.0, "tokens": 4.0}, kind=kind)
+        steps.append(b.step(i, run))
+    return diagnose(Record({"replicates": "run", "dtype": "float32"}, tuple(steps)))
+
+
+def test_a_first_block_that_goes_astray_in_training_is_a_warning() -> None:
+    always = only(run_with_first_jump(lambda i: 4.0), "one_layer_off")
+    assert always.severity == "note" and always.value == pytest.approx(4.0)
+    later = only(run_with_first_jump(lambda i: 4.0 if i > 5 else 0.0), "one_layer_off")
+    assert later.severity == "warning" and "not so at the first recorded step" in later.cause
+    # A jump that drifts over the threshold is not astray.
+    assert only(run_with_first_jump(lambda i: 2.9 + 0.02 * i), "one_layer_off").severity == "note"
+    assert not run_with_first_jump(lambda i: 2.0).of("one_layer_off")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from synthetic import Builder, moments, stream_step
+from synthetic import Builder, flat_record, moments, stream_step
 from torch import Tensor, nn
 
 import gradscope
@@ -449,3 +449,13 @@ def test_verdicts_from_bounds_can_be_printed() -> None:
     values = np.exp(np.linspace(600, 0, 13))[None].repeat(3, 0)
     values[:, 0] = np.inf
     assert "exploding (overflow)" in str(gradscope.verdict(values))
+
+
+def test_what_would_settle_it_is_said_by_the_kind_of_replicate() -> None:
+    rng = np.random.default_rng(1)
+    wide = np.exp(rng.normal(0, 1.5, (3, 9)).cumsum(1))
+    several = gradscope.verdict(flat_record(wide))
+    assert several.word == "inconclusive" and "Measure 5 or more replicates" in several.reason
+    # A watched run cannot be repeated by asking for more replicates of it.
+    run = flat_record(wide[:1], header={"replicates": "run"})
+    assert "A run is one replicate; gradscope.measure(..., replicates=5)" in gradscope.verdict(run).reason

@@ -76,7 +76,7 @@ def by_interval(curve: Curve, change: Change, threshold: float) -> Judgement:
         )
     crossed = " and ".join(f"{side:g}" for side in (-threshold, threshold) if low <= side <= high)
     more = "Measure 5 or more replicates." if change.delta.count < 5 else "Measure more replicates."
-    if curve.kind == "run":
+    if curve.kind == "run" and change.delta.count == 1:
         more = (
             "A run is one replicate; gradscope.measure(..., replicates=5) gives more, at initialisation."
         )

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.analysis.curve import Curve
 from gradscope.analysis.finding import Finding, Limits, NotChecked, Threshold, register, rule
 from gradscope.analysis.history import History, history
 from gradscope.analysis.quantities import find_quantity
 from gradscope.analysis.rules.trend import NATS, POOLED, Trend, trends
+from gradscope.analysis.verdict import Verdict
 from gradscope.analysis.view import NO_AXIS, Site, View
 from gradscope.errors import QuantityError
 
@@ -49,7 +49,8 @@ def one_layer_off(view: View, limits: Limits) -> Iterator[Finding | NotChecked]:
     The first block's input has a scale of its own, that of the embedding, and is not compared. It is
     named where it alone makes the whole trunk ``vanishing`` or ``exploding`` by 3 nats
     (`Verdict.without_first_block`): a note where gradient and activation jump together, as they do if
-    only the scale of the input is at odds with that of the block's output; else a warning.
+    only the scale of the input is at odds with that of the block's output; a warning where they do not,
+    and where the jump has grown by 2 nats since the first recorded step.
     """
     if not view.trunks:
         yield limits.not_checked(NO_AXIS)
@@ -82,11 +83,13 @@ def _first_blocks(view: View, limits: Limits) -> Iterator[Finding]:
         named = [item for item in items if item.first_block is not None]
         if not named:
             continue
-        jumps = [_first_jump(item.verdict.curve) for item in items]
+        jumps = [_first_jump(item.verdict) for item in items]
+        before = [_first_jump(item.at_start) for item in items]
+        grown = any(abs(a - b) >= limits["nats"] for a, b in zip(jumps, before, strict=True))
         together = len(jumps) == 2 and jumps[0] * jumps[1] > 0 and _within(jumps, factor=2.0)
+        by_scale = together and not grown
         found = named[0].verdict
         layer = found.curve.layers[int(np.flatnonzero(found.curve.depth == 1)[0])]
-        grows = found.delta.estimate > 0
         yield limits.finding(
             "first_block",
             value=found.delta.estimate,
@@ -95,31 +98,42 @@ def _first_blocks(view: View, limits: Limits) -> Iterator[Finding]:
             trunk=trunk,
             steps=named[0].steps,
             title="the first block is off the curve",
-            severity="note" if together else None,
+            severity="note" if by_scale else None,
             message=" ".join(_first_block_said(item, layer, limits) for item in named),
-            cause=(
-                f"The input of {layer} is much {'smaller' if grows else 'larger'} than what the block "
-                "puts out: an embedding with a scale of its own before a norm, which divides gradients "
-                "by that scale. They reach only what stands before the trunk."
-                if together
-                else "This block's own weights or code, or single positions whose input is next to zero "
-                "(a padding token's embedding), which a norm divides by. The scale of its input as a "
-                "whole does not explain it: gradient and activation do not jump together."
-            ),
+            cause=_first_block_cause(layer, found.delta.estimate > 0, by_scale=by_scale, grown=grown),
             remedy=(
                 "Nothing while training is stable. Else bring the embedding to the scale of the stream "
                 "(unit variance: Takase et al. 2023, arXiv:2312.16903), or compare this block's weights "
                 "with those of its neighbours."
-                if together
+                if by_scale
                 else "Compare this block's weights and code with those of its neighbours."
             ),
         )
 
 
+def _first_block_cause(layer: str, grows: bool, *, by_scale: bool, grown: bool) -> str:
+    if by_scale:
+        return (
+            f"The input of {layer} is much {'smaller' if grows else 'larger'} than what the block puts "
+            "out: an embedding with a scale of its own before a norm, which divides gradients by that "
+            "scale. They reach only what stands before the trunk."
+        )
+    if grown:
+        return (
+            f"It was not so at the first recorded step: weights of {layer}, or the embedding before it, "
+            "went astray in training."
+        )
+    return (
+        "This block's own weights or code, or single positions whose input is next to zero (a padding "
+        "token's embedding), which a norm divides by. The scale of its input as a whole does not explain "
+        "it: gradient and activation do not jump together."
+    )
+
+
 def _first_block_said(item: Trend, layer: str, limits: Limits) -> str:
     found, others = item.verdict, item.first_block
     assert others is not None
-    nats = _first_jump(found.curve)
+    nats = _first_jump(found)
     return (
         f"{layer} multiplies the {'activation' if found.forward else 'gradient'} by "
         f"{math.exp(min(nats, 700.0)):.3g} ({nats:+.2g} nats). It alone makes it {found.word} over "
@@ -128,8 +142,9 @@ def _first_block_said(item: Trend, layer: str, limits: Limits) -> str:
     )
 
 
-def _first_jump(curve: Curve) -> float:
+def _first_jump(judged: Verdict) -> float:
     """What the first block adds to the logarithm along the pass; NaN where an end is not known."""
+    curve = judged.curve
     ends = [np.flatnonzero(curve.depth == depth) for depth in (0, 1)]
     if not all(len(at) for at in ends):
         return math.nan

@@ -29,11 +29,13 @@ class Trend:
 
     Attributes:
         verdict: over the last steps with finite values, whose logarithms are averaged.
+        at_start: that of the first step with finite values.
         steps: since when it was the same, and the last of these steps.
         first_block: where the first block alone makes the verdict what it is, the one without it.
     """
 
     verdict: Verdict
+    at_start: Verdict
     steps: tuple[int, int]
     first_block: Verdict | None
 
@@ -66,4 +68,4 @@ def trends(view: View, limits: Limits, quantity: str, threshold: str) -> Iterato
             yield limits.not_checked(f"{quantity} over {trunk}: {error}")
             continue
         since = numbers[0] if first.word == last.word else numbers[-1]
-        yield Trend(last, (int(since), int(numbers[-1])), last.without_first_block)
+        yield Trend(last, first, (int(since), int(numbers[-1])), last.without_first_block)
