@@ -8,7 +8,8 @@ from typing import Final
 
 from torch import nn
 
-from gradscope.experiment.stream_graph import Operand, Piece, Region, is_norm
+from gradscope.experiment.graph_nodes import Operand, is_norm
+from gradscope.experiment.stream_graph import Piece, Region
 from gradscope.experiment.stream_reader import StreamForward
 
 __all__ = ["Outline", "has_norm", "has_scale", "has_weights", "outline"]

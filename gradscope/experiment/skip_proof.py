@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from gradscope.experiment.stream_graph import Edge, Operand, changes_a_view
+from gradscope.experiment.graph_nodes import Edge, Operand, changes_a_view
 from gradscope.experiment.stream_reader import NormCall, StreamForward
 from gradscope.experiment.sublayers import Located
 

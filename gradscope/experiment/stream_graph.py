@@ -11,129 +11,24 @@ Paths are read backwards, as gradients flow: from the later position to the earl
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
-__all__ = [
-    "AddOperands",
-    "Edge",
-    "Operand",
-    "Piece",
-    "Region",
-    "add_operands",
-    "arrivals",
-    "changes_a_view",
-    "dtypes_between",
-    "edge_of",
-    "leading_to",
-]
+from gradscope.experiment.graph_nodes import (
+    Edge,
+    Operand,
+    adds,
+    adds_a_product,
+    changes_a_view,
+    hands_on,
+    is_heavy,
+    is_opaque,
+    is_scale,
+)
 
-#: A tensor of the graph: the node that computed it, and which of its outputs it is.
-Edge = tuple[Node, int]
-#: A use of a tensor: the node that takes it, and as which operand.
-Operand = tuple[Node, int]
-
-# y += x on a view y: what was in y is the first operand.
-_IN_PLACE: Final = "torch::autograd::CopySlices"
-_ADD: Final = frozenset({"AddBackward0", "SubBackward0", _IN_PLACE})
-_NORM: Final = re.compile(r"LayerNorm|RmsNorm|GroupNorm|BatchNorm|InstanceNorm")
-# Operations that mix the features or tokens with each other by weights.
-_HEAVY: Final = re.compile(r"[Mm][mv]Back|Conv|Attention|Linear|Rnn|Lstm|Gru|Fft|DotBackward")
-# What the operations of torch itself are called; a custom function or a fused kernel is not.
-_KNOWN: Final = re.compile(r"Backward\d+$|^CopyBackwards$")
-# They add their first operand as it is to the product of the others.
-_ADDS_A_PRODUCT: Final = re.compile(r"^(Addmm|Baddbmm|Addbmm|Addmv|Addr)Backward")
-_SCALE: Final = frozenset({"MulBackward0", "DivBackward0"})
-
-
-def edge_of(tensor: Tensor) -> Edge | None:
-    """Where a tensor stands in the graph, also a leaf; None for a constant."""
-    if not tensor.requires_grad:
-        return None
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
-def changes_a_view(node: Node) -> bool:
-    """Whether it stands for an in-place change of a view; what change that was is not said."""
-    return node.name() == _IN_PLACE
-
-
-def is_opaque(node: Node) -> bool:
-    """Whether it is a custom function or a fused kernel, whose inside cannot be seen."""
-    return _KNOWN.search(node.name()) is None
-
-
-def is_heavy(node: Node) -> bool:
-    """Whether it multiplies by a matrix, convolves or attends."""
-    return _HEAVY.search(node.name()) is not None
-
-
-def is_norm(node: Node) -> bool:
-    """Whether it is a norm in one operation."""
-    return _NORM.search(node.name()) is not None
-
-
-def leading_to(starts: Iterable[Node], goal: Edge) -> set[Node]:
-    """All nodes from which a gradient flows on to the goal, behind these starts."""
-    alive: set[Node] = set()
-    seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(node, False) for node in starts]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            if any(
-                n is not None and ((n, i) == goal or (n in alive and n is not goal[0]))
-                for n, i in node.next_functions
-            ):
-                alive.add(node)
-            continue
-        if node in seen:
-            continue
-        seen.add(node)
-        stack.append((node, True))
-        if node is not goal[0]:
-            stack += [(n, False) for n, _ in node.next_functions if n is not None and n not in seen]
-    return alive
-
-
-def dtypes_between(output: Edge, source: Edge) -> set[torch.dtype]:
-    """The dtypes of all tensors that a gradient crosses on its way from one to the other."""
-    found: set[torch.dtype] = set()
-    for node in leading_to([output[0]], source):
-        about: Any = getattr(node, "_input_metadata", ())
-        found |= {tensor.dtype for tensor in about}
-    return found
-
-
-def arrivals(start: Edge, stops: Collection[Edge], without: Collection[Operand] = ()) -> set[Edge]:
-    """The tensors among ``stops`` at which one arrives first, backwards from ``start``.
-
-    Args:
-        start: where all ways begin; it is no stop itself.
-        stops: where they end.
-        without: uses of tensors that no way goes through.
-    """
-    found: set[Edge] = set()
-    seen: set[Node] = {start[0]}
-    stack = [start[0]]
-    while stack:
-        node = stack.pop()
-        for place, (n, i) in enumerate(node.next_functions):
-            if n is None or (node, place) in without:
-                continue
-            if (n, i) in stops:
-                found.add((n, i))
-            elif n not in seen:
-                seen.add(n)
-                stack.append(n)
-    return found
+__all__ = ["AddOperands", "Edge", "Operand", "Piece", "Region", "add_operands"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,7 +60,7 @@ class Piece:
     @property
     def scale(self) -> bool:
         """Whether it multiplies the stream by something that does not come from it."""
-        return self.single and self.nodes[0].name() in _SCALE
+        return self.single and is_scale(self.nodes[0])
 
 
 class Region:
@@ -313,7 +208,7 @@ class Region:
                 continue
             seen.add(node)
             for place, edge in self.uses(node):
-                passes = not is_heavy(node) or (place == 0 and _ADDS_A_PRODUCT.match(node.name()))
+                passes = not is_heavy(node) or (place == 0 and adds_a_product(node))
                 if passes and edge == piece.tail:
                     return piece.head[0] if not is_opaque(node) else node
                 if passes:
@@ -342,7 +237,7 @@ def add_operands(
     An addition of additions is taken apart, as in x + attention(x) + mlp(x), but for one inside of a
     branch (a low-rank update added to a layer's output), which is a module's output and has no skip.
     """
-    if piece.head[0].name() not in _ADD or len(region.uses(piece.head[0])) < 2:
+    if not adds(piece.head[0]) or len(region.uses(piece.head[0])) < 2:
         return None
     skips: list[tuple[Operand, tuple[Node, ...]]] = []
     branches: list[Operand] = []
@@ -363,7 +258,8 @@ def _summands(
         if edge == piece.tail:
             yield operand, tuple(chain), False
             continue
-        if edge[0].name() in _ADD and len(region.uses(edge[0])) >= 2:
+        factor = all(hands_on(node) or is_scale(node) for node in chain)
+        if factor and adds(edge[0]) and len(region.uses(edge[0])) >= 2:
             inner = list(_summands(region, piece, edge[0], is_module_output))
             if any(not branch for _, _, branch in inner) or not is_module_output(edge):
                 yield from ((o, (*chain, *c), b) for o, c, b in inner)

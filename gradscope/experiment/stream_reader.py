@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from gradscope.collect.probes import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.batches import first_float, replaced
-from gradscope.experiment.stream_graph import Edge, arrivals, edge_of
+from gradscope.experiment.graph_nodes import Edge, arrivals, edge_of
 from gradscope.layers import Trunk, find_trunks, named_layers
 
 __all__ = ["NormCall", "Position", "StreamForward", "refuse_reentrant"]

@@ -7,7 +7,6 @@ weights and no such operand is a layer without a skip. `gradscope.experiment.ski
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,27 +16,23 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from gradscope.experiment.branch_outline import has_norm, has_scale, has_weights, outline
-from gradscope.experiment.stream_graph import (
+from gradscope.experiment.graph_nodes import (
     Edge,
     Operand,
-    Piece,
-    Region,
-    add_operands,
     arrivals,
     changes_a_view,
+    hands_on,
     is_opaque,
+    is_scale,
     leading_to,
+    uses_of,
 )
+from gradscope.experiment.stream_graph import Piece, Region, add_operands
 from gradscope.experiment.stream_reader import StreamForward, refuse_reentrant
 from gradscope.layers import named_layers
 
 __all__ = ["Located", "Sublayer", "locate"]
 
-# Operations that hand the elements on as they are, and those that multiply them.
-_HANDS_ON: Final = re.compile(
-    r"(View|UnsafeView|ReshapeAlias|T|Transpose|Permute|Squeeze|Unsqueeze|ToCopy|Clone|Alias|Expand)Backward"
-)
-_SCALE: Final = frozenset({"MulBackward0", "DivBackward0", "NegBackward0"})
 _NORM: Final = {
     (True, True): "peri-norm",
     (True, False): "pre-norm",
@@ -109,6 +104,11 @@ class Located:
     hopeless: bool = False
     behind: list[Piece] = field(default_factory=list[Piece])
 
+    def give_up(self, reason: str) -> None:
+        """It stays unproved, whatever numbers say."""
+        self.sublayer = replace(self.sublayer, kind="none", proof=reason, status="unproved")
+        self.hopeless = True
+
 
 def locate(forward: StreamForward, model: nn.Module) -> list[Located]:
     """The sublayers that the graph proposes, in forward order. Those with skips are not proved yet.
@@ -138,12 +138,13 @@ def locate(forward: StreamForward, model: nn.Module) -> list[Located]:
                 found.append(item)
             elif found:
                 found[-1].behind.append(item)
-    _mark_ways_past(forward, found, known)
     for item in found:
         if item.skips:
             norm = "post-norm" if has_norm(forward, item.behind) else item.sublayer.norm
             scaled = item.sublayer.kind == "scaled" or has_scale(forward, item.behind[::-1])
             item.sublayer = replace(item.sublayer, kind="scaled" if scaled else norm, norm=norm)
+    _mark_ways_past(forward, found, known)
+    _mark_other_uses(found, alive)
     return found
 
 
@@ -161,8 +162,30 @@ def _mark_ways_past(forward: StreamForward, found: Sequence[Located], known: Col
             reason = f"a path leads around the input of {block}, to an earlier position of the stream"
             for item in found:
                 if item.position == number:
-                    item.sublayer = replace(item.sublayer, proof=reason, status="unproved")
-                    item.hopeless = True
+                    item.give_up(reason)
+
+
+def _mark_other_uses(found: Sequence[Located], alive: Collection[Node]) -> None:
+    """A branch whose output is used elsewhere too is more than what is added to the stream."""
+    outputs = {operand: _chain_of(operand) for item in found for operand in item.branches}
+    uses = uses_of({edge for chain in outputs.values() for edge in chain}, alive)
+    for item in found:
+        # A layer without a skip is its output, and has no operand here.
+        for name, operand in zip(item.sublayer.branches, item.branches, strict=False):
+            if any(uses[edge] > 1 for edge in outputs[operand]):
+                item.give_up(f"the output of {name or 'a branch'} is used elsewhere too")
+
+
+def _chain_of(operand: Operand) -> list[Edge]:
+    """The tensor that an addition takes, and those that it is only another shape or dtype of."""
+    node, number = operand[0].next_functions[operand[1]]
+    found: list[Edge] = []
+    while node is not None:
+        found.append((node, number))
+        if not hands_on(node):
+            break
+        node, number = node.next_functions[0]
+    return found
 
 
 class _Reader:
@@ -285,13 +308,13 @@ def _place(called: Sequence[str], name: str) -> int:
 
 def _is_constant(node: Node) -> bool:
     """Whether an operation on the skip hands it on, or multiplies it by constants and parameters."""
-    if node.name() not in _SCALE:
-        return _HANDS_ON.match(node.name()) is not None
+    if not is_scale(node):
+        return hands_on(node)
     return sum(n is not None and not _is_parameter(n) for n, _ in node.next_functions) <= 1
 
 
 def _is_parameter(node: Node) -> bool:
-    while _HANDS_ON.match(node.name()):
+    while hands_on(node):
         node = next(n for n, _ in node.next_functions if n is not None)
     return "AccumulateGrad" in node.name()
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradscope.errors import MeasureError
+from gradscope.experiment.graph_nodes import Edge, Operand, arrivals, dtypes_between, edge_of
 from gradscope.experiment.named_branches import NamedTrunk
 from gradscope.experiment.skip_proof import change_operands, prove
-from gradscope.experiment.stream_graph import Edge, Operand, arrivals, dtypes_between, edge_of
 from gradscope.experiment.stream_reader import StreamForward, refuse_reentrant
 from gradscope.experiment.sublayers import Located, locate
 
