@@ -103,7 +103,7 @@ def effective_depth(
     tensor of the first block's arguments) and c_k its part along all paths that cross exactly k
     branches. The branches are found, and each skip is proved (`gradscope.architecture` prints them); a
     model in which one cannot be proved is refused. Computed exactly, and checked against the ordinary
-    gradient of half of the samples; together about 1.8 times the cost of one forward and backward pass.
+    gradient of half of the samples; together about 1.9 times the cost of one forward and backward pass.
 
     A layer without a skip is a branch that every path crosses, so that D = n in a plain chain. D is no
     score: it ranks no architectures.
