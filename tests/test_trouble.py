@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -301,8 +302,12 @@ def test_no_tensor_outlives_its_step() -> None:
         square_loss(model, batch()).backward()
         # Python's wrapper of a gradient is made at the first look and stays: look before counting.
         assert all(p.grad is not None for p in model.parameters())
-        before = _tensors()
+        outside = _tensors()
         with gradscope.watch(model, layers="**", slow_every=slow_every) as scope:
+            square_loss(model, batch()).backward()
+            # Where anything was compiled in this process, the first forward makes room for its graphs.
+            before = _tensors()
+            assert before == outside or "torch._dynamo" in sys.modules
             for i in range(3):
                 loss = square_loss(model, batch(i))
                 loss.backward()
@@ -314,7 +319,7 @@ def test_no_tensor_outlives_its_step() -> None:
             assert scope.record.steps
             model(batch())
             assert _tensors() <= before + 1  # one stream position of a forward without backward
-        assert _tensors() == before
+        assert _tensors() == outside
 
 
 def test_the_graph_of_an_abandoned_forward_is_freed() -> None:

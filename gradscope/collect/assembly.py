@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters, Readings
 from gradscope.collect.passes import LAST, Call, Pass
+from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
 from gradscope.statistics import ACTIVATION, GRADIENT, NO_DIRECTION, Value, pool
@@ -43,6 +45,7 @@ class Assembler:
         verified: for each branch site, whether the graph showed that its output is added.
         compiled: sites inside a compiled module, which no hook can see.
         refusal: a reason for which no value is right (many ranks), or None.
+        reached: whether a gradient ever came out of a compiled graph.
     """
 
     layers: Sequence[Layer]
@@ -53,6 +56,7 @@ class Assembler:
     verified: dict[int, bool] = field(default_factory=dict)
     compiled: frozenset[int] = frozenset()
     refusal: str | None = None
+    reached: bool = False
     _signature: Any = None
     _rows: Rows | None = None
     _take: np.ndarray | None = None
@@ -87,6 +91,8 @@ class Assembler:
         """One `Step` of the Record. The passes' samples are pooled as one batch."""
         readings = Readings() if readings is None else readings
         _to_host(passes, readings)
+        for p in passes:
+            self.reached = settle(p, self.layers) or self.reached
         keys, calls = self._keys(passes)
         places = self._places(passes)
         value, why = self._samples(keys, calls, passes)
@@ -223,6 +229,8 @@ class Assembler:
                 if slot.stream:
                     if call.unit_skip:
                         value[n, k, _UNIT_SKIP] = 1.0
+                    elif slot.traced is not None:
+                        why[k, _UNIT_SKIP] = COMPILED
                     elif slot.successor is not None:
                         why[k, _UNIT_SKIP] = (
                             "no unit skip"
@@ -251,7 +259,7 @@ class Assembler:
                     for column, reason in slot.gradient_absent.items():
                         why[k, _A + column] = reason
             if not done:
-                why[k, :] = "compiled" if site in self.compiled else "not called"
+                why[k, :] = COMPILED if site in self.compiled else "not called"
         if len(passes) == 1:
             return value[0], why
         a = pool(ACTIVATION, value[..., :_A])
@@ -357,6 +365,7 @@ def _to_host(passes: Sequence[Pass], readings: Readings) -> None:
         look(p, (("loss", p.loss), ("scale", p.scale)))
         for call in p.calls:
             for slot in call.slots:
+                look(slot, (("traced", slot.traced), ("traced_gradient", slot.traced_gradient)))
                 look(slot.values, enumerate(slot.values))
                 if slot.gradient is not None:
                     look(slot.gradient, enumerate(slot.gradient))
@@ -366,8 +375,13 @@ def _to_host(passes: Sequence[Pass], readings: Readings) -> None:
     for found in (readings.at_step, readings.weight, readings.update):
         look(found, found.items())
     for group in waiting.values():
-        host = torch.stack([value.double().reshape(()) for _, _, value in group]).tolist()
-        for (holder, key, _), number in zip(group, host, strict=True):
+        flat = torch.cat([value.detach().double().reshape(-1) for _, _, value in group]).tolist()
+        numbers = iter(flat)
+        for holder, key, value in group:
+            number: Any = next(numbers) if not value.dim() else list(islice(numbers, value.numel()))
+            if value.dim() > 1:  # what a compiled graph has written
+                width = value.shape[-1]
+                number = [number[i : i + width] for i in range(0, len(number), width)]
             if isinstance(holder, list | dict):
                 holder[key] = number
             else:

@@ -13,6 +13,7 @@ from gradscope.layers import named_layers
 
 if TYPE_CHECKING:
     from gradscope.collect.recorder import Recorder
+    from gradscope.collect.traced import Traced
 
 __all__ = ["Attachment"]
 
@@ -24,19 +25,24 @@ class Attachment:
         recorder: what they tell; held weakly.
         model: the watched model.
         modules: the modules of the recorder's layers.
+        traced: what the hooks measure inside of compiled graphs.
     """
 
-    def __init__(self, recorder: Recorder, model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, recorder: Recorder, model: nn.Module, modules: Sequence[nn.Module], traced: Traced
+    ) -> None:
         self._handles: list[Any] = []
         keep = self._handles.append
+        self._before = probes.roots_in_graphs()
         keep(model.register_forward_pre_hook(probes.RootStartProbe(recorder), with_kwargs=True))
         modules_by_name = named_layers(model)
         for site, (layer, module) in enumerate(zip(recorder.layers, modules, strict=True)):
             if layer.is_block:
-                probe = probes.BlockInputProbe(recorder, site)
+                probe = probes.BlockInputProbe(recorder, site, traced.input_of(site))
                 entry = modules_by_name[layer.parts[0]] if layer.parts else module
                 keep(entry.register_forward_pre_hook(probe, with_kwargs=True))
-            keep(module.register_forward_hook(probes.ForwardProbe(recorder, site), with_kwargs=True))
+            seen = probes.ForwardProbe(recorder, site, traced.sites[site])
+            keep(module.register_forward_hook(seen, with_kwargs=True))
         keep(model.register_forward_hook(probes.RootEndProbe(recorder), always_call=True))
         everywhere = optimizers.listen(recorder)
         self._handles.extend(everywhere)
@@ -47,6 +53,11 @@ class Attachment:
             weakref.finalize(recorder, scaling.restore),
         )
         self._recorder = weakref.ref(recorder)
+
+    @property
+    def inside_a_graph(self) -> bool:
+        """Whether since then a model was called inside of a larger compiled function, this or another."""
+        return probes.roots_in_graphs() > self._before
 
     def remove(self) -> None:
         """Take every hook off."""

@@ -19,6 +19,7 @@ Edge = tuple[type_node, int]
 
 _ADD: Final = "AddBackward0"
 _SUBTRACT: Final = "SubBackward0"
+_COMPILED: Final = "CompiledFunction"
 # Operations that hand a gradient on element by element, unchanged.
 _RELABEL: Final = frozenset(
     {
@@ -57,8 +58,10 @@ def _next(edge: Edge) -> list[Edge]:
     return [(n, i) for n, i in edge[0].next_functions if n is not None]
 
 
-def has_unit_skip(output: Edge, source: Edge) -> bool:
+def has_unit_skip(output: Edge, source: Edge) -> bool | None:
     """Whether output = source + (something), with coefficient exactly 1, by adds alone.
+
+    None where the walk ends at compiled code, in which nothing can be seen.
 
     Exactly one path of additions leads from the output to the source, and nothing on it scales: two
     such paths would be 2 x, a path through any other operation proves nothing.
@@ -75,6 +78,8 @@ def has_unit_skip(output: Edge, source: Edge) -> bool:
             paths += 1
             continue
         name = edge[0].name()
+        if name.startswith(_COMPILED):
+            return None
         if name not in (_ADD, _SUBTRACT):
             continue
         for place, (node, number) in enumerate(edge[0].next_functions):

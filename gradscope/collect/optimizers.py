@@ -148,6 +148,23 @@ class Optimizers:
             # Of nested optimizers (a wrapper that steps its base) the outer one's change counts.
             self._before.update(self._parameters.snapshot([i for i in held if i not in self._before]))
 
+    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer steps any watched parameter."""
+        return bool(self._held(optimizer))
+
+    def read_at_step(self, optimizer: torch.optim.Optimizer, why: str) -> None:
+        """Read what an optimizer finds, perhaps clipped; the gradients before that are absent.
+
+        Args:
+            optimizer: the optimizer that is about to step.
+            why: the status of the absent ones.
+        """
+        if self.readings is None:
+            tensors = [entry.tensor() for entry in self._parameters.entries]
+            trained = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+            self.readings = Readings(absent=dict.fromkeys(trained, why))
+        self.readings.at_step.update(self._parameters.norms(self._held(optimizer), gradient=True))
+
     def end(self, optimizer: torch.optim.Optimizer) -> bool:
         """An optimizer has stepped; whether it held watched parameters and no other one stepped it."""
         if not self._held(optimizer):

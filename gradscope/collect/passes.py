@@ -23,7 +23,11 @@ LAST: Final = "not supported: the last position has no next"
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One output tensor of a call: its activation statistics, and its gradient's once it has come."""
+    """One output tensor of a call: its activation statistics, and its gradient's once it has come.
+
+    Of calls in a compiled graph there are rows of numbers first (`gradscope.collect.traced`): ``source``
+    is where they come from, ``traced`` what the forward wrote, ``traced_gradient`` what the backward did.
+    """
 
     site: int
     values: list[Value]
@@ -38,6 +42,9 @@ class Slot:
     owner: Pass | None = None
     error: str | None = None
     handles: list[Any] = field(default_factory=list)
+    source: Any = None
+    traced: Any = None
+    traced_gradient: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +53,8 @@ class Call:
 
     ``site`` is the layer's index, or -1 - t for the input of trunk t. ``block_call`` says during
     which call of its block a branch ran. ``pending`` marks a call without gradient inside a forward
-    with: re-entrant checkpointing will run it again in the backward pass.
+    with: re-entrant checkpointing will run it again in the backward pass. ``time`` orders the calls in
+    compiled graphs.
     """
 
     site: int
@@ -56,6 +64,7 @@ class Call:
     pending: bool = False
     unit_skip: bool | None = None
     error: str | None = None
+    time: float = 0.0
 
     def primary(self) -> Slot | None:
         """The first float tensor that received a gradient, else the first."""

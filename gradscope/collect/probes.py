@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame as _dynamo
 from torch._C._functorch import peek_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 if TYPE_CHECKING:
     from gradscope.collect.passes import Pass, Slot
     from gradscope.collect.recorder import Recorder
+    from gradscope.collect.traced import TracedSite
 
 __all__ = [
     "BackwardEndProbe",
@@ -37,6 +39,8 @@ __all__ = [
     "backward_id",
     "first_tensor",
     "in_transform",
+    "note_root_in_a_graph",
+    "roots_in_graphs",
     "tensors_in",
     "unseen",
 ]
@@ -68,12 +72,17 @@ class _Probe:
 class ForwardProbe(_Probe):
     """Forward hook of a watched layer."""
 
-    __slots__ = ()
+    __slots__ = ("traced",)
+
+    def __init__(self, recorder: Recorder, site: int, traced: TracedSite) -> None:
+        super().__init__(recorder, site)
+        self.traced = traced
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Hand the output to the recorder."""
+        """Hand the output to the recorder; in a graph that is being compiled, measure it there."""
         if torch.compiler.is_compiling():
-            return  # decided while compiling: nothing of the watch is traced, and nothing guarded
+            self.traced.measure(output)
+            return
         recorder = self._recorder()
         if recorder is not None and recorder.listening:
             recorder.guarded(self.site, recorder.on_forward, self.site, args, kwargs, output)
@@ -82,11 +91,17 @@ class ForwardProbe(_Probe):
 class BlockInputProbe(_Probe):
     """Forward pre-hook of a block: the first one to run in a pass sees the trunk's input."""
 
-    __slots__ = ()
+    __slots__ = ("traced",)
+
+    def __init__(self, recorder: Recorder, site: int, traced: TracedSite | None) -> None:
+        super().__init__(recorder, site)
+        self.traced = traced
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Hand the input to the recorder; what comes back replaces the arguments."""
         if torch.compiler.is_compiling():
+            if self.traced is not None:
+                self.traced.measure((args, kwargs))
             return None
         recorder = self._recorder()
         if recorder is not None and recorder.listening:
@@ -102,6 +117,7 @@ class RootStartProbe(_Probe):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Tell the recorder that a forward begins."""
         if torch.compiler.is_compiling():
+            note_root_in_a_graph()
             return
         recorder = self._recorder()
         if recorder is not None:
@@ -198,6 +214,42 @@ class BackwardEndProbe(_Probe):
         recorder = self._recorder()
         if recorder is not None:
             recorder.guarded(-1, recorder.on_backward_end, self.backward)
+
+
+# -- torch.compile -----------------------------------------------------------------------------------
+
+#: How many watched models were called inside of a larger compiled function: counted while tracing.
+_roots_in_graphs = 0
+
+
+def note_root_in_a_graph() -> None:
+    """Traced: a watched model is called inside of a larger compiled function, where no step is seen."""
+    global _roots_in_graphs
+    if not torch.compiler.is_exporting():
+        _roots_in_graphs += 1
+
+
+def roots_in_graphs() -> int:
+    """How many times that was traced in this process."""
+    return _roots_in_graphs
+
+
+# What torch._dynamo.assume_constant_result would do, without importing all of it: the function runs
+# once, while the call is traced, and is no part of the graph.
+note_root_in_a_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# The hooks of a compiled module itself are called beside its graph, and they, with all that they call,
+# would be compiled as well. Where the module's own graph calls a hook, it is traced all the same.
+for _function in (
+    ForwardProbe.__call__,
+    BlockInputProbe.__call__,
+    RootStartProbe.__call__,
+    RootEndProbe.__call__,
+):
+    _dynamo.set_code_exec_strategy(
+        _function.__code__,
+        _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.SKIP),
+    )
 
 
 # -- the engine ------------------------------------------------------------------------------------

@@ -30,8 +30,16 @@ from gradscope.collect.parameters import Parameters
 from gradscope.collect.passes import Pass, Slot
 from gradscope.collect.sampling import Sampler
 from gradscope.collect.schedule import Schedule
-from gradscope.collect.setting import chosen_statistics, compiled_sites, describe, linear_sites, refusal
+from gradscope.collect.setting import (
+    chosen_statistics,
+    compiled_sites,
+    describe,
+    forget_compiled_code,
+    linear_sites,
+    refusal,
+)
 from gradscope.collect.storage import Storage
+from gradscope.collect.traced import COMPILED, Traced
 from gradscope.layers import Layer, Selection, select
 from gradscope.record import Record, Step
 
@@ -39,6 +47,8 @@ __all__ = ["Recorder"]
 
 #: Without any optimizer's step after so many backward passes, the user is told what to write.
 BACKWARDS_BEFORE_QUESTION: Final = 50
+#: Stands for the backward pass of a step of which only the optimizer was seen.
+_NO_BACKWARD: Final = -2
 
 
 class Recorder:
@@ -131,7 +141,10 @@ class Recorder:
         self._running: set[int] = set()
         self._cached: tuple[Any, Step] | None = None
         self._grad_mode = True
-        self._attachment = Attachment(self, model, modules)
+        self._traced = Traced(self.layers, self._assembler.trunks)
+        self._attachment = Attachment(self, model, modules, self._traced)
+        if self._assembler.compiled and forget_compiled_code():
+            self._voice.say(*voice.compiled_before(len(self._assembler.compiled)))
 
     def close(self, *, quiet: bool = False) -> None:
         """Finish the open step and take every hook away; a second call does nothing.
@@ -143,6 +156,7 @@ class Recorder:
             return
         self.closed = True
         self.listening = False
+        self._traced.stop()
         try:
             self.guarded(-1, self._finish_step)
             if not quiet:
@@ -225,6 +239,7 @@ class Recorder:
         if self._step.began_s is None:
             self._begin_step()
         self.listening = self._step.recording
+        self._traced.begin(self._model(), recording=self._step.recording)
         self._step.begin_pass()
 
     def _begin_step(self) -> None:
@@ -254,6 +269,7 @@ class Recorder:
             p.error = f"error: the mask {shape} has the shape [batch, tokens] of no watched layer"
             self._voice.say(*voice.misfit_mask(shape))
         p.loss = scalar_loss(output)
+        self._traced.collect(p)
         if self._sampler.slow:
             self._sampler.prove_sole_consumers(p, output)
         p.end_forward()
@@ -357,6 +373,8 @@ class Recorder:
         if not mine or self._running:
             return
         self.backwards += 1
+        if self._traced.seen:
+            self._traced.take_gradients(mine, backward)
         if not self.forwards and self._step.newest in mine:
             self._step.newest = None
         if self._accumulation.end() or self._optimizers.stepped_early:
@@ -375,12 +393,35 @@ class Recorder:
 
     def on_optimizer_start(self, optimizer: torch.optim.Optimizer, closure: bool) -> None:
         """An optimizer is about to step."""
+        if self._attachment.inside_a_graph and not closure and not self._step.newest:
+            self._begin_inside_a_graph(optimizer)
         self._optimizers.start(
             optimizer,
             closure=closure,
             recording=self._step.recording and bool(self._step.passes),
             slow=self._sampler.slow,
         )
+
+    def _begin_inside_a_graph(self, optimizer: torch.optim.Optimizer) -> None:
+        """No forward was seen, because it is a part of a larger compiled function: say so.
+
+        What is left of the step are its parameters as the optimizer finds them.
+        """
+        if not self._optimizers.holds(optimizer):
+            return
+        if self._step.stepped:
+            self._end_step()
+        self._voice.say(*voice.compiled_around())
+        self._assembler.compiled = frozenset(range(len(self.layers)))
+        self._begin_step()
+        self._step.begin_pass()
+        p, self._step.newest = self._step.newest, None
+        if p is None or not self._step.recording:
+            return
+        p.begun.add(_NO_BACKWARD)
+        p.ended.add(_NO_BACKWARD)
+        p.accumulated = True
+        self._optimizers.read_at_step(optimizer, COMPILED)
 
     def on_optimizer_end(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has stepped."""
@@ -455,7 +496,9 @@ class Recorder:
                 self.index += 1
             self._drop_step()
         if step is not None:
-            self._storage.note_dtypes(self._sampler.dtypes, self._sampler.autocast_dtypes)
+            self._storage.note_dtypes(
+                self._sampler.dtypes | self._traced.dtypes, self._sampler.autocast_dtypes
+            )
             self._storage.add(step)
 
     def _drop_step(self) -> None:
@@ -517,12 +560,14 @@ class Recorder:
     def _say_if_nothing_came(self) -> None:
         if self._mask is not None and self.forwards and not self._mask_seen and not self.faults:
             self._voice.say(*voice.no_mask(self._mask, self.forwards))
+        if self._attachment.inside_a_graph:
+            return  # said already
         said = voice.nothing_came(
             layers=len(self.layers),
             compiled=len(self._assembler.compiled),
             forwards=self.forwards,
             steps=len(self.steps),
-            reached=self.reached,
+            reached=self.reached or self._assembler.reached,
         )
         if said is not None:
             self._voice.say(*said)

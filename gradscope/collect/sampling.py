@@ -314,7 +314,7 @@ class Sampler:
             else:
                 adds = before == read and graph.has_unit_skip(edge, before)
                 # Not proven before the forward's end shows that nothing else reads the position.
-                previous.unit_skip = None if adds else False
+                previous.unit_skip = False if adds is False else None
                 if adds:
                     state.unproven.append(len(state.calls) - 2)
                 for site, branch in state.branch_edges.items():

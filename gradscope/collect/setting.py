@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,15 @@ from gradscope.errors import GradscopeError
 from gradscope.layers import Layer, named_layers
 from gradscope.record import STATISTICS
 
-__all__ = ["chosen_statistics", "compiled_sites", "describe", "linear_sites", "refusal"]
+__all__ = [
+    "chosen_statistics",
+    "compiled_sites",
+    "describe",
+    "device_of",
+    "forget_compiled_code",
+    "linear_sites",
+    "refusal",
+]
 
 
 def chosen_statistics(chosen: Iterable[str] | None) -> frozenset[str]:
@@ -98,3 +107,22 @@ def _ends_linear(module: nn.Module) -> bool:
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
     return type(module).forward is nn.Linear.forward
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of its first parameter; the CPU where it has none, or is not there yet."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def forget_compiled_code() -> bool:
+    """Drop what torch.compile has made so far; whether there was anything.
+
+    Compiled code has no guard on the hooks of a module: without this, those of a watch would never be
+    called in it, and nobody would be told.
+    """
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is None or not frames.FRAME_COUNTER:
+        return False
+    torch._dynamo.reset()
+    return True

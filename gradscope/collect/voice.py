@@ -7,7 +7,15 @@ import warnings
 
 from gradscope.errors import GradscopeWarning
 
-__all__ = ["Voice", "misfit_mask", "no_mask", "no_optimizer", "nothing_came"]
+__all__ = [
+    "Voice",
+    "compiled_around",
+    "compiled_before",
+    "misfit_mask",
+    "no_mask",
+    "no_optimizer",
+    "nothing_came",
+]
 
 
 class Voice:
@@ -35,6 +43,27 @@ def no_optimizer(backwards: int) -> tuple[str, str]:
         f"gradscope has seen {backwards} backward passes and no optimizer of torch.optim "
         "that steps the watched parameters. Say where a step ends: scope.step() after each "
         "update. Until then every backward pass counts as one step.",
+    )
+
+
+def compiled_around() -> tuple[str, str]:
+    """(kind, message) for a model that is called inside of a larger compiled function."""
+    return (
+        "compiled around",
+        "The watched model is called inside of a larger function that is compiled (a training step): "
+        "where its forward begins and ends cannot be seen, and the values of its layers are absent as "
+        "'compiled'. The parameters' gradients are read when the optimizer steps. To have the layers, "
+        "compile the model (torch.compile(model)) instead of the function around it.",
+    )
+
+
+def compiled_before(layers: int) -> tuple[str, str]:
+    """(kind, message) for a model that was compiled, and run, before it was watched."""
+    return (
+        "compiled before",
+        f"{layers} watched layers were compiled before they were watched; compiled code calls no "
+        "hooks that come later. gradscope has dropped what torch.compile made so far "
+        "(torch._dynamo.reset()), and the next call compiles again. Watch first, then compile.",
     )
 
 
@@ -74,16 +103,16 @@ def nothing_came(
     if compiled and not reached:
         return (
             "compiled",
-            f"{watched}, {compiled} of them inside a compiled module, where "
-            "hooks are not called: their values are absent as 'compiled'. Watch and train the model "
-            "uncompiled for a while, or compile only what you do not watch.",
+            f"{watched}, {compiled} of them inside a compiled module, and no gradient came out of it: "
+            "their values are absent as 'compiled'. Was loss.backward() called on its output? Watch and "
+            "train the model uncompiled for a while, or report what it is compiled with.",
         )
     if not forwards and not steps:
         return (
             "no forward",
             f"{watched}, 0 forward calls in grad mode. Either the model was never called, or only "
-            "under torch.no_grad(), or it was compiled (hooks inside compiled code are not called). "
-            "Run the uncompiled model's training loop inside `with gradscope.watch(model):`.",
+            "under torch.no_grad(), or inside of a larger compiled function. "
+            "Run the model's training loop inside `with gradscope.watch(model):`.",
         )
     if reached:
         return None

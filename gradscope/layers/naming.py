@@ -29,27 +29,28 @@ CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Paramete
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All modules by clean name, the model itself under "", each module once, in definition order."""
     found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, name: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        transparent = _transparent_child(module)
-        if transparent is None or name not in found:
-            # A wrapper and its content share a name; the content is what the user knows.
-            found[name] = module
-        for child_name, child in module._modules.items():
-            if child is None:
-                continue
-            if child_name == transparent:
-                found.pop(name, None)
-                walk(child, name)
-            else:
-                walk(child, f"{name}.{child_name}" if name else child_name)
-
-    walk(model, "")
+    _walk(model, "", found, set())
     return found
+
+
+def _walk(module: nn.Module, name: str, found: dict[str, nn.Module], seen: set[int]) -> None:
+    # No function inside of `named_layers`: one that calls itself is a cycle, which would keep the model
+    # alive until the next garbage collection.
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    transparent = _transparent_child(module)
+    if transparent is None or name not in found:
+        # A wrapper and its content share a name; the content is what the user knows.
+        found[name] = module
+    for child_name, child in module._modules.items():
+        if child is None:
+            continue
+        if child_name == transparent:
+            found.pop(name, None)
+            _walk(child, name, found, seen)
+        else:
+            _walk(child, f"{name}.{child_name}" if name else child_name, found, seen)
 
 
 def _transparent_child(module: nn.Module) -> str | None:

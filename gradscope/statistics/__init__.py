@@ -13,7 +13,7 @@ To add a statistic: one entry in `gradscope.record.STATISTICS` and one function,
 
 from gradscope.statistics import slow as slow  # registers its kernels
 from gradscope.statistics.measurement import ACTIVATION, GRADIENT, measure
-from gradscope.statistics.moments import difference_norm, inner_product, nonfinite, norms
+from gradscope.statistics.moments import difference_norm, inner_product, nonfinite, norms, robust_moments
 from gradscope.statistics.pairs import (
     BRANCH,
     PAIR_KERNELS,
@@ -46,4 +46,5 @@ __all__ = [
     "norms",
     "pair_kernel",
     "pool",
+    "robust_moments",
 ]

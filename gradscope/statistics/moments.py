@@ -11,7 +11,15 @@ from torch import Tensor
 
 from gradscope.statistics.sample import WIDE, Absent, Value
 
-__all__ = ["difference_norm", "frobenius_norm", "inner_product", "moments_of", "nonfinite", "norms"]
+__all__ = [
+    "difference_norm",
+    "frobenius_norm",
+    "inner_product",
+    "moments_of",
+    "nonfinite",
+    "norms",
+    "robust_moments",
+]
 
 # Sums of squares outside these bounds may have lost elements to underflow, or overflowed.
 _SAFE_LOW: Final = {torch.float32: 1e-30, torch.float64: 1e-290}
@@ -26,7 +34,7 @@ def moments_of(x: Tensor, valid: Tensor | None = None) -> dict[str, Value]:
     """Count, l2, mean, variance, absmax, zeros and nonfinite of the valid elements of [..., features]."""
     if x.device.type == "cpu":
         return _moments_on_cpu((x if valid is None else x[valid]).reshape(-1))
-    return _moments_robust(x, valid)
+    return robust_moments(x, valid)
 
 
 def _moments_on_cpu(flat: Tensor) -> dict[str, Value]:
@@ -66,7 +74,7 @@ def _scaled(flat: Tensor, absmax: float) -> dict[str, Value]:
     }
 
 
-def _moments_robust(x: Tensor, valid: Tensor | None) -> dict[str, Value]:
+def robust_moments(x: Tensor, valid: Tensor | None = None) -> dict[str, Value]:
     """The same without a look at any value: no host synchronisation, two passes over x."""
     if valid is None:
         count: Value = float(x.numel())
@@ -125,7 +133,7 @@ def difference_norm(a: Tensor, b: Tensor) -> Value:
     """|a - b| over all elements, from the difference itself. [...], [...] -> []."""
     difference = _flat(a) - _flat(b)
     if difference.device.type != "cpu":
-        return _moments_robust(difference, None)["l2"]
+        return robust_moments(difference, None)["l2"]
     norm = _norm_on_cpu(difference)
     # Two float32 elements of opposite sign may differ by more than float32 can hold.
     return norm if math.isfinite(norm) else _norm_on_cpu(_flat(a).double() - _flat(b).double())
@@ -133,7 +141,7 @@ def difference_norm(a: Tensor, b: Tensor) -> Value:
 
 def frobenius_norm(x: Tensor) -> Value:
     """|x| over all elements, robust against under- and overflow. [...] -> []."""
-    return _norm_on_cpu(_flat(x)) if x.device.type == "cpu" else _moments_robust(x, None)["l2"]
+    return _norm_on_cpu(_flat(x)) if x.device.type == "cpu" else robust_moments(x, None)["l2"]
 
 
 def _norm_on_cpu(flat: Tensor) -> float:
