@@ -323,6 +323,12 @@ SKIPS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str, tuple[str, ...], fl
         ("norm",),
         1,
     ),
+    "a product in place inside of the branch": (
+        lambda m, x: x + m.w(x).mul_(torch.tanh(m.v(x))),
+        "no-norm",
+        ("",),
+        1,
+    ),
     "a skip inside of the branch": (lambda m, x: x + (x + m.w(x)) * 0.5, "scaled", ("w",), 1.5),
     "convolution": (lambda m, x: x + m.conv(x), "no-norm", ("conv",), 1),
     "checkpointed": (lambda m, x: x + checkpoint(m.w, x, use_reentrant=False), "no-norm", ("w",), 1),

@@ -261,7 +261,8 @@ def _summands(
         factor = all(hands_on(node) or is_scale(node) for node in chain)
         if factor and adds(edge[0]) and len(region.uses(edge[0])) >= 2:
             inner = list(_summands(region, piece, edge[0], is_module_output))
-            if any(not branch for _, _, branch in inner) or not is_module_output(edge):
+            whole = is_module_output(edge) or changes_a_view(edge[0])  # by whatever, perhaps a product
+            if any(not branch for _, _, branch in inner) or not whole:
                 yield from ((o, (*chain, *c), b) for o, c, b in inner)
                 continue
         yield operand, (), True

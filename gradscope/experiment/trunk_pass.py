@@ -106,6 +106,7 @@ class TrunkPass:
             MeasureError: one cannot be proved, with the reason.
         """
         prove(self.forward, self.located)
+        self.forward.norms.clear()  # and the values that they were given
         for item in self.located:
             sublayer = item.sublayer
             if sublayer.status != "ok":
