@@ -143,13 +143,19 @@ def uses_of(tensors: Collection[Edge], nodes: Iterable[Node]) -> dict[Edge, int]
     return found
 
 
-def arrivals(start: Edge, stops: Collection[Edge], without: Collection[Operand] = ()) -> set[Edge]:
+def arrivals(
+    start: Edge,
+    stops: Collection[Edge],
+    without: Collection[Operand] = (),
+    among: Collection[Node] | None = None,
+) -> set[Edge]:
     """The tensors among ``stops`` at which one arrives first, backwards from ``start``.
 
     Args:
         start: where all ways begin; it is no stop itself.
         stops: where they end.
         without: uses of tensors that no way goes through.
+        among: the nodes that ways go through; None for all.
     """
     found: set[Edge] = set()
     seen: set[Node] = {start[0]}
@@ -161,7 +167,7 @@ def arrivals(start: Edge, stops: Collection[Edge], without: Collection[Operand] 
                 continue
             if (n, i) in stops:
                 found.add((n, i))
-            elif n not in seen:
+            elif n not in seen and (among is None or n in among):
                 seen.add(n)
                 stack.append(n)
     return found

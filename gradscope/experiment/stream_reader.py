@@ -1,7 +1,7 @@
 """One forward pass of a model whose residual stream is read: its positions, and every module's output.
 
 Hooks note where in the autograd graph the trunk's input, the output of each block and the outputs of the
-modules inside of the blocks stand. They change nothing but for two things: a trunk input that requires no
+modules stand. They change nothing but for two things: a trunk input that requires no
 gradient is replaced by a leaf that does, and the outputs of modules that the caller names as branches are
 replaced by copies, so that each has a node of its own.
 """
@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -23,30 +22,13 @@ from gradscope.collect.probes import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.batches import first_float, replaced
 from gradscope.experiment.graph_nodes import Edge, arrivals, edge_of
+from gradscope.experiment.stream_positions import Position, positions_between
 from gradscope.layers import Trunk, find_trunks, named_layers
+from gradscope.layers.naming import CONTAINERS
 
 __all__ = ["NormCall", "Position", "StreamForward", "refuse_reentrant"]
 
 _NORM_CLASS: Final = re.compile(r"norm", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Position:
-    """One tensor of the stream: h_0, or the output of a call of a block.
-
-    Attributes:
-        block: the block whose output it is; for h_0, the block that it enters.
-        call: which call of that block, from 0.
-        edge: where it stands in the graph; None where no gradient leads through it.
-        shape: its shape.
-        dtype: its dtype.
-    """
-
-    block: str
-    call: int
-    edge: Edge | None
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,9 +63,20 @@ class NamedCall:
 
 @dataclass(slots=True, eq=False)
 class _TrunkCalls:
+    inputs: list[Position] = field(default_factory=list)
     positions: list[Position] = field(default_factory=list)
-    calls: Counter[str] = field(default_factory=Counter[str])
-    end: Tensor | None = None
+    outputs: dict[Edge, str] = field(default_factory=dict)
+    entered: Counter[str] = field(default_factory=Counter[str])
+    left: Counter[str] = field(default_factory=Counter[str])
+    within: str = ""
+    last_input: Tensor | None = None
+    last_output: Tensor | None = None
+    between: bool = False
+    constant: bool = False
+
+    @property
+    def ran(self) -> bool:
+        return len(self.positions) > 1
 
 
 class StreamForward:
@@ -100,8 +93,9 @@ class StreamForward:
         trunks: the names of all trunks.
         trunk: the trunk that is read.
         positions: its stream positions, h_0 first.
-        end: the values at the last of them.
-        outputs: the modules inside of the blocks, by where their outputs stand in the graph.
+        end: the values at one of the last of them, and its number.
+        outputs: all modules that hold no block, by where their outputs stand in the graph; also the
+            blocks, where the stream is what enters them.
         norms: norm modules and what they were given, by where their outputs stand in the graph.
         named_calls: the calls of named branches.
         value: the loss.
@@ -139,12 +133,16 @@ class StreamForward:
                 hook(modules[name], self._branch(name, seen[0]))
             for each, calls in zip(trunks, seen, strict=True):
                 for k, block in enumerate(each.blocks):
-                    first = each.parts[k][0] if each.parts else block
-                    hook(modules[first], self._enter(block, calls), before=True)
+                    parts = _parts(modules[block])
+                    for part in parts:  # a list of modules is not called itself
+                        hook(part, self._enter(block, calls, first=False), before=True)
+                    if not parts:
+                        first = each.parts[k][0] if each.parts else block
+                        hook(modules[first], self._enter(block, calls), before=True)
                     hook(modules[block], self._leave(block, calls))
             for name, module in modules.items() if named is None else ():
-                if name not in blocks and any(name.startswith(f"{block}.") for block in blocks):
-                    hook(module, self._inside(name))
+                if name not in blocks and not any(b.startswith(f"{name}.") for b in blocks) and name:
+                    hook(module, self._note(name))
             value = loss(model, batch)
             self._open = False  # what checkpointing computes again in the backward pass is no other call
         if not isinstance(value, Tensor) or value.dim() > 0:
@@ -153,11 +151,22 @@ class StreamForward:
                 f"loss(model, batch) returned {got}, not a scalar tensor. Reduce it: .mean()"
             )
         self.value = value
+        for calls in seen if named is None else ():
+            self._settle(calls)
         number = self._chosen(trunks, seen, trunk)
         self.trunks = tuple(each.name for each in trunks)
         self.trunk = trunks[number]
-        self.positions: list[Position] = seen[number].positions
-        self.end = seen[number].end
+        chosen = seen[number]
+        self.positions: list[Position] = chosen.positions
+        self._between = chosen.between
+        if chosen.between and chosen.constant:
+            raise MeasureError(
+                f"The {self.position_name(0)} requires no gradient, and the skip around that block is "
+                "outside of it, where no gradient can be read. Let it require one: "
+                "loss=lambda model, batch: model(batch.requires_grad_()).square().mean()"
+            )
+        last = len(self.positions) - 1
+        self.end = (chosen.last_input, last - 1) if chosen.between else (chosen.last_output, last)
 
     def let_go(self) -> None:
         """Free the graph."""
@@ -173,21 +182,31 @@ class StreamForward:
         if position == 0:
             return f"input of {at.block}"
         often = sum(p.block == at.block for p in self.positions[1:]) > 1
-        return f"output of {at.block}" + (f", call {at.call + 1}" if often else "")
+        what = "stream behind" if self._between else "output of"
+        return f"{what} {at.block}" + (f", call {at.call + 1}" if often else "")
 
-    def _enter(self, block: str, trunk: _TrunkCalls) -> Callable[..., Any]:
+    def _enter(self, block: str, trunk: _TrunkCalls, first: bool = True) -> Callable[..., Any]:
+        """A hook before a block, or, unless ``first``, before one of the parts that are a block."""
+
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if trunk.positions or not self._open:
+            if not self._open or (not first and trunk.within == block):
                 return None
             # Among named arguments a mask may come first, which requires no gradient.
             floats = [t for t in tensors_in(kwargs) if t.is_floating_point()]
-            first = next((t for t in floats if t.requires_grad), floats[0] if floats else None)
+            named = next((t for t in floats if t.requires_grad), floats[0] if floats else None)
             h = first_float(args)
-            h = first if h is None else h
+            h = named if h is None else h
             if h is None:
                 return None
-            leaf = h if h.requires_grad else h.detach().requires_grad_()
-            trunk.positions.append(Position(block, 0, edge_of(leaf), h.shape, h.dtype))
+            h_0 = not trunk.inputs
+            leaf = h.detach().requires_grad_() if h_0 and not h.requires_grad else h
+            at = Position(block, trunk.entered[block], edge_of(leaf), h.shape, h.dtype)
+            trunk.within, trunk.last_input = block, h.detach()
+            trunk.entered[block] += 1
+            trunk.inputs.append(at)
+            if h_0:
+                trunk.positions.append(at)
+                trunk.constant = not h.requires_grad
             if leaf is h:
                 return None
             return replaced((args, kwargs), h, leaf.clone())  # a leaf allows no in-place operation
@@ -199,14 +218,27 @@ class StreamForward:
             value = first_float(output)
             if not self._open or value is None or not trunk.positions:
                 return
-            call = trunk.calls[block]
-            trunk.calls[block] += 1
-            trunk.positions.append(Position(block, call, edge_of(value), value.shape, value.dtype))
-            trunk.end = value.detach()
+            call, edge = trunk.left[block], edge_of(value)
+            trunk.left[block] += 1
+            trunk.positions.append(Position(block, call, edge, value.shape, value.dtype))
+            trunk.last_output = value.detach()
+            if edge is not None:
+                trunk.outputs[edge] = block
 
         return hook
 
-    def _inside(self, name: str) -> Callable[..., Any]:
+    def _settle(self, trunk: _TrunkCalls) -> None:
+        """Read the stream at the inputs of the blocks where their skips are outside of them."""
+        if not trunk.inputs:
+            return
+        ends = {*self.outputs, *trunk.outputs}
+        found = positions_between(self.value, trunk.positions, trunk.inputs, ends.__contains__)
+        if found is not None:
+            trunk.positions, trunk.between = found, True
+            for edge, name in trunk.outputs.items():
+                self.outputs.setdefault(edge, []).append(name)
+
+    def _note(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._open:
                 return
@@ -238,10 +270,10 @@ class StreamForward:
         """The number of the trunk that is meant, among those that ran."""
         if name is not None:
             number = next(i for i, each in enumerate(trunks) if each.name == name)
-            if len(seen[number].positions) < 2:
+            if not seen[number].ran:
                 raise MeasureError(f"The trunk {name} did not run in the forward pass of the loss.")
             return number
-        ran = [i for i, calls in enumerate(seen) if len(calls.positions) > 1]
+        ran = [i for i, calls in enumerate(seen) if calls.ran]
         if not ran:
             raise MeasureError(
                 f"None of the blocks of {', '.join(each.name for each in trunks)} was called. Was the "
@@ -260,6 +292,16 @@ class StreamForward:
                 f'meant, trunk="{names[0]}".'
             )
         return reached[0] if reached else ran[-1]
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    """The modules that a list of modules holds, lists in it resolved; none for any other block."""
+    if not isinstance(block, CONTAINERS) or type(block).forward is not nn.Module.forward:
+        return []
+    found: list[nn.Module] = []
+    for child in block.children():
+        found += _parts(child) or [child]
+    return found
 
 
 def _check_trunks(model: nn.Module, trunks: Sequence[Trunk], name: str | None) -> None:

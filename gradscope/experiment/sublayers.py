@@ -148,15 +148,14 @@ def locate(forward: StreamForward, model: nn.Module) -> list[Located]:
     return found
 
 
-def _mark_ways_past(forward: StreamForward, found: Sequence[Located], known: Collection[Edge]) -> None:
+def _mark_ways_past(forward: StreamForward, found: Sequence[Located], known: set[Edge]) -> None:
     """Where a path around the branches skips a whole stream position, nothing is proved there."""
     edges = [position.edge for position in forward.positions]
     branches = {operand for item in found for operand in item.branches}
-    layers = {item.output for item in found if not item.skips}
     for number, (source, output) in enumerate(pairwise(edges), 1):
-        if source is None or output is None or output in layers:
+        if source is None or output is None:
             continue
-        reached = arrivals(output, {*known, *layers}, branches)
+        reached = arrivals(output, known - {output}, branches)
         if any(edge in known and edge != source for edge in reached):
             block = forward.positions[number].block
             reason = f"a path leads around the input of {block}, to an earlier position of the stream"
@@ -222,7 +221,7 @@ class _Reader:
         sublayers = [item for item in found if isinstance(item, Located)]
         for index, item in enumerate(sublayers):
             branches = item.sublayer.branches
-            if len(sublayers) == 1 and branches == ("",) and not item.skips:
+            if len(sublayers) == 1 and not item.skips and branches[0] not in self.proposed:
                 branches = (self.block,)
             item.sublayer = replace(item.sublayer, index=index, branches=branches)
         return found
