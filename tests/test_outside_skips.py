@@ -180,6 +180,27 @@ def test_a_norm_on_the_stream_between_blocks() -> None:
     assert effective_depth(model, X, cubes).value == pytest.approx(expected, rel=1e-11)
 
 
+def test_norms_outside_of_the_blocks_too_are_refused() -> None:
+    """What enters a block is then no stream position: x = x + block(norm(x))."""
+
+    class Norms(Outside):
+        def make(self) -> None:
+            super().make()
+            self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(BLOCKS))
+
+        def forward(self, x: Tensor, without: int = -1, inside: bool = False) -> Tensor:
+            x = self.embed(x)
+            for norm, block in zip(self.norms, self.blocks, strict=True):
+                x = x + block(norm(x))
+            return self.head(x)
+
+    found = architecture(Norms(), X.float())
+    assert {s.status for s in found.sublayers} == {"unproved"}
+    assert not any(s.skip for s in found.sublayers)
+    with pytest.raises(MeasureError):
+        effective_depth(Norms().double(), X, cubes)
+
+
 def test_a_chain_of_linear_layers_with_activations_between() -> None:
     class Chain(Linears):
         def forward(self, x: Tensor, without: int = -1, inside: bool = False) -> Tensor:

@@ -105,9 +105,10 @@ class Located:
     behind: list[Piece] = field(default_factory=list[Piece])
 
     def give_up(self, reason: str) -> None:
-        """It stays unproved, whatever numbers say."""
-        self.sublayer = replace(self.sublayer, kind="none", proof=reason, status="unproved")
-        self.hopeless = True
+        """It stays unproved, whatever numbers say; the first reason is kept."""
+        if not self.hopeless:
+            self.sublayer = replace(self.sublayer, kind="none", proof=reason, status="unproved")
+            self.hopeless = True
 
 
 def locate(forward: StreamForward, model: nn.Module) -> list[Located]:
@@ -160,7 +161,8 @@ def _mark_ways_past(forward: StreamForward, found: Sequence[Located], known: set
             block = forward.positions[number].block
             reason = f"a path leads around the input of {block}, to an earlier position of the stream"
             for item in found:
-                if item.position == number:
+                # A layer may then have its skip outside of its block, as the others seem to.
+                if item.position == number or not item.skips:
                     item.give_up(reason)
 
 
