@@ -100,7 +100,7 @@ def test_statistics_do_not_depend_on_the_layout(x: Tensor, layout: str) -> None:
 @given(tensors())
 def test_the_path_without_synchronisation_equals_the_other(x: Tensor) -> None:
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    robust = {k: float(v) for k, v in statistics.moments._moments_robust(wide, None).items()}
+    robust = {k: float(v) for k, v in statistics.moments.robust_moments(wide, None).items()}
     expected = twin(x)
     del expected["tokens"], expected["kurtosis"], expected["token_variance"]
     if x.numel() == 1:
@@ -122,7 +122,7 @@ def test_a_mask_leaves_padding_out_of_everything(x: Tensor, seed: int) -> None:
     expected = twin(x, valid=valid.numpy())
     assert_equal(found, expected, x.dtype)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    robust = {k: float(v) for k, v in statistics.moments._moments_robust(wide, valid).items()}
+    robust = {k: float(v) for k, v in statistics.moments.robust_moments(wide, valid).items()}
     keys = set(robust) - ({"variance"} if expected["count"] == 1 else set())
     assert_equal({k: robust[k] for k in keys}, {k: expected[k] for k in keys if k in expected}, x.dtype)
 
@@ -166,7 +166,7 @@ def test_a_variance_beside_a_large_mean_keeps_its_digits(dtype: torch.dtype, rat
     assert found["variance"] == pytest.approx(expected["variance"], rel=1e-7)
     assert found["token_variance"] == pytest.approx(token_variance, rel=1e-5)
     assert found["mean"] == pytest.approx(expected["mean"], rel=1e-7)
-    robust = float(statistics.moments._moments_robust(x, None)["variance"])
+    robust = float(statistics.moments.robust_moments(x, None)["variance"])
     assert robust == pytest.approx(expected["variance"], rel=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_float64_far_from_one(scale: float, robust: bool) -> None:
     x = unit * scale
     at_one = measured(unit)
     found = (
-        {k: float(v) for k, v in statistics.moments._moments_robust(x, None).items()}
+        {k: float(v) for k, v in statistics.moments.robust_moments(x, None).items()}
         if robust
         else measured(x)
     )
@@ -232,7 +232,7 @@ def test_exact_zeros_are_zeros(dtype: torch.dtype, robust: bool) -> None:
     x = torch.zeros(4, 3, dtype=dtype)
     found: dict[str, Any] = measured(x)
     if robust:
-        found = {k: float(v) for k, v in statistics.moments._moments_robust(x.double(), None).items()}
+        found = {k: float(v) for k, v in statistics.moments.robust_moments(x.double(), None).items()}
     assert (found["l2"], found["mean"], found["variance"], found["absmax"]) == (0, 0, 0, 0)
     assert (found["zeros"], found["nonfinite"], found["count"]) == (12, 0, 12)
     assert math.isnan(measured(x)["kurtosis"])
@@ -256,7 +256,7 @@ def test_what_is_not_finite_is_counted_and_seen(
 ) -> None:
     x = torch.tensor([1.0, *bad, 0.0, -2.0], dtype=dtype)
     found = (
-        {k: float(v) for k, v in statistics.moments._moments_robust(x.float(), None).items()}
+        {k: float(v) for k, v in statistics.moments.robust_moments(x.float(), None).items()}
         if robust
         else measured(x)
     )
@@ -376,7 +376,7 @@ def test_slow_statistics_wait_for_their_turn() -> None:
 
 
 def test_every_statistic_of_the_table_has_a_kernel_or_is_a_moment() -> None:
-    moments = set(statistics.moments._moments_robust(torch.ones(2), None)) | {"tokens"}
+    moments = set(statistics.moments.robust_moments(torch.ones(2), None)) | {"tokens"}
     on_pairs = {"dot_next", "diff_next_l2", "unit_skip"}
     kernels = set(statistics.KERNELS) | set(statistics.PAIR_KERNELS)
     assert not set(statistics.KERNELS) & set(statistics.PAIR_KERNELS)

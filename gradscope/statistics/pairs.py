@@ -7,6 +7,7 @@ difference itself; or the output of a branch, with h the input of its block.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -19,6 +20,16 @@ from gradscope.statistics.sample import Absent, Sample, Value, directions
 __all__ = ["BRANCH", "PAIR_KERNELS", "SLOW_PAIR", "Pair", "measure_branch", "measure_pair", "pair_kernel"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Of each position, float64 [positions]: |h|, |F|, <F, h>, and the angle of h and h + F."""
+
+    stream: Tensor
+    change: Tensor
+    product: Tensor
+    angle: Tensor
+
+
 class Pair:
     """h, what comes after it, and F.
 
@@ -29,7 +40,6 @@ class Pair:
 
     Attributes:
         stream: h as a `Sample`, which knows the positions that count.
-        change: F, float64 [positions, features].
     """
 
     def __init__(
@@ -37,11 +47,15 @@ class Pair:
     ) -> None:
         self.stream = stream
         self._following = following
-        added = branch or following
+        self._branch = branch
+
+    @cached_property
+    def change(self) -> Tensor:
+        """F, float64 [positions, features]."""
+        added = self._branch or self._following
         assert added is not None
-        self.change = added.positions().double()
-        if branch is None:
-            self.change = self.change - stream.positions().double()
+        change = added.positions().double()
+        return change if self._branch is not None else change - self.stream.positions().double()
 
     @cached_property
     def here(self) -> tuple[Tensor, Tensor]:
@@ -53,6 +67,39 @@ class Pair:
         """The `directions` of h_{l+1}."""
         assert self._following is not None
         return directions(self._following.positions())
+
+    @cached_property
+    def fast(self) -> _Lengths | None:
+        """What all statistics follow from, in a few passes over h and F as they are; None out of range.
+
+        The angle is atan2(|F - p h|, |h| (1 + p)) with p = <F, h>/|h|^2, from what F adds across h and
+        along it, so that a small angle keeps its digits; where F is large, the same with h + F itself.
+        """
+        stream = self.stream.lengths()
+        added = self._branch or self._following
+        if stream is None or added is None or not added.plain:
+            return None
+        h = self.stream.positions()
+        f = added.positions() if self._branch is not None else added.positions() - h
+        length = Sample(f).lengths()
+        if length is None or (self._following is not None and self._following.lengths() is None):
+            return None
+        product = torch.linalg.vecdot(f, h)
+        angle = _angle(f, h, product, stream, 1.0)
+        large = length > stream / 2
+        if self._following is not None and bool(large.any()):
+            after = self._following.positions()
+            angle = torch.where(
+                large, _angle(after, h, torch.linalg.vecdot(after, h), stream, 0.0), angle
+            )
+        return _Lengths(stream.double(), length.double(), product.double(), angle)
+
+
+def _angle(x: Tensor, h: Tensor, product: Tensor, length: Tensor, more: float) -> Tensor:
+    """The angle of h and x + more h at each position, float64; ``product`` is <x, h>, ``length`` |h|."""
+    along = product / length.square()
+    across = torch.linalg.vector_norm(torch.addcmul(x, along[:, None], h, value=-1), dim=-1)
+    return torch.atan2(across.double(), length.double() * (more + along.double()))
 
 
 PAIR_KERNELS: Final[dict[str, Callable[[Pair], Value]]] = {}
@@ -77,6 +124,8 @@ def cosine_next(pair: Pair) -> Value:
     One minus it is Block Influence (Men et al. 2024, ShortGPT, arXiv:2403.03853). Absent where a token
     of either is exactly zero.
     """
+    if pair.fast is not None:
+        return 1 - 2 * (pair.fast.angle / 2).sin().square().mean().item()
     (a, zero), (b, zero_next) = pair.here, pair.after
     return pair.stream.unless_zero(pair.stream.mean(torch.linalg.vecdot(a, b)), zero, zero_next)
 
@@ -89,6 +138,8 @@ def angle_next(pair: Pair) -> Value:
     only). As 2 atan2(|u - v|, |u + v|) of the directions: an arc cosine loses half of the digits of a
     small angle, and is NaN where rounding takes the cosine past 1.
     """
+    if pair.fast is not None:
+        return pair.fast.angle.mean().item()
     (a, zero), (b, zero_next) = pair.here, pair.after
     apart, along = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, a + b))
     return pair.stream.unless_zero(pair.stream.mean(2 * torch.atan2(apart, along)), zero, zero_next)
@@ -100,6 +151,8 @@ def relative_contribution(pair: Pair) -> Value:
 
     Csordas et al. 2025, arXiv:2505.13898. Absent where a token of h is exactly zero.
     """
+    if pair.fast is not None:
+        return (pair.fast.change / pair.fast.stream).mean().item()
     h = pair.stream.positions()
     largest, largest_change = (x.abs().amax().double() for x in (h, pair.change))
     scale = torch.where(largest_change > 0, largest_change, 1.0)
@@ -116,6 +169,9 @@ def residual_cosine(pair: Pair) -> Value:
     Below 0 what is added erases, about 0 it is new, above 0 it refines (Csordas et al. 2025,
     arXiv:2505.13898). Absent where a token of either is exactly zero, as with a zero branch.
     """
+    fast = pair.fast
+    if fast is not None:
+        return (fast.product / (fast.stream * fast.change)).mean().item()
     (a, zero), (b, zero_change) = pair.here, directions(pair.change)
     return pair.stream.unless_zero(pair.stream.mean(torch.linalg.vecdot(a, b)), zero, zero_change)
 

@@ -35,6 +35,11 @@ WIDE: Final = (torch.float32, torch.float64)
 NO_DIRECTION: Final = math.inf
 
 
+#: Lengths between which squares and products of float32 numbers keep their digits.
+_LEAST: Final = 1e-15
+_MOST: Final = 1e15
+
+
 @dataclass(frozen=True, slots=True)
 class Absent:
     """A value that cannot be had, with the reason that becomes its status."""
@@ -61,6 +66,7 @@ class Sample:
     valid: Tensor | None = None
     input: Tensor | None = None
     rms: Value = math.nan
+    _lengths: Tensor | None = None
 
     @classmethod
     def of(
@@ -105,6 +111,23 @@ class Sample:
             x = torch.where(self.valid[..., None], x, 0.0)
         return x.reshape(-1, x.shape[-1])
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is on a CPU, its features last, and without a mask: what fast kernels take."""
+        return self.valid is None and self.feature_axis == -1 and self.x.device.type == "cpu"
+
+    def lengths(self) -> Tensor | None:
+        """|x| of each position, [positions], of a plain sample; None where any leaves the safe range.
+
+        There the squares, and the products with another such sample, keep all digits of their dtype. A
+        position that is exactly 0 has no direction, and is outside too.
+        """
+        if self._lengths is None and self.plain:
+            self._lengths = torch.linalg.vector_norm(self.positions(), dim=-1)
+        found = self._lengths
+        safe = found is not None and _LEAST < found.amin().item() and found.amax().item() < _MOST
+        return found if safe else None
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the positions that count, [positions] -> [], in float64."""
         if self.valid is None:
@@ -131,6 +154,11 @@ class Sample:
             return Absent("not supported: one token")
         valid = self.valid
         return x, valid.transpose(0, 1) if turned and valid is not None else valid
+
+    @property
+    def typical(self) -> bool:
+        """Whether fourth powers of its elements, outliers too, lie in float32's range."""
+        return isinstance(self.rms, float) and 1e-8 < self.rms < 1e5
 
     def wide(self, x: Tensor) -> Tensor:
         """X in a dtype that holds the fourth powers of its typical elements, relative to 1."""

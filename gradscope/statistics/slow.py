@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradscope.statistics.moments import frobenius_norm
+from gradscope.statistics.moments import dot, frobenius_norm
 from gradscope.statistics.sample import (
     NO_DIRECTION,
     Absent,
@@ -26,6 +26,9 @@ def kurtosis(sample: Sample) -> Value | Absent:
     al. 2024, arXiv:2405.19279). Computed on x / sqrt(E x^2), so that nothing leaves the range.
     NaN where x is zero or not finite.
     """
+    if sample.plain and sample.typical:
+        square = sample.x.reshape(-1).square()
+        return dot(square, square) / (len(square) * sample.rms**4)
     unit = sample.wide(sample.positions()) / sample.rms
     return scalar(sample.mean(unit.square().square().mean(-1, dtype=torch.float64)))
 
@@ -37,9 +40,16 @@ def token_variance(sample: Sample) -> Value | Absent:
     The ``act_var`` of signal propagation (Xiong et al. 2020, arXiv:2002.04745, Lemma 2). Two-pass,
     so a large mean costs no digits.
     """
-    x = sample.wide(sample.positions())
-    if x.shape[-1] < 2:
+    features = sample.x.shape[sample.feature_axis]
+    if features < 2:
         return Absent("one element")
+    if sample.plain and sample.typical:
+        x = sample.positions()
+        centred = x - x.mean(-1, keepdim=True)
+        left = centred.mean(-1)  # of the mean, which was rounded to be subtracted
+        flat = centred.reshape(-1)
+        return (dot(flat, flat) - features * dot(left, left)) / len(flat)
+    x = sample.wide(sample.positions())
     return scalar(sample.mean(x.var(-1, correction=0)))
 
 
@@ -55,6 +65,13 @@ def token_cosine(sample: Sample) -> Value | Absent:
     if isinstance(sequences, Absent):
         return sequences
     original, valid = sequences
+    lengths = sample.lengths()
+    if lengths is not None:
+        lengths = lengths.reshape(sample.x.shape[:-1])
+        weights = (lengths if sample.token_axis else lengths.T).reciprocal()
+        total = torch.bmm(weights[:, None], original).double().square().sum().item()
+        batch, tokens = weights.shape
+        return (total / batch - tokens) / (tokens * (tokens - 1))
     zero = (original == 0).all(-1).any()
     x = sample.wide(original) / sample.rms
     # The norm in float64: the square of a small token leaves float32's range.
@@ -83,6 +100,11 @@ def token_centred_l2(sample: Sample) -> Value | Absent:
     if isinstance(sequences, Absent):
         return sequences
     x, valid = sequences
+    if sample.plain and sample.typical:
+        centred = x - x.mean(1, keepdim=True)
+        left = centred.mean(1).reshape(-1)
+        flat = centred.reshape(-1)
+        return max(dot(flat, flat) - x.shape[1] * dot(left, left), 0.0) ** 0.5
     x = x.double()
     if valid is None:
         return frobenius_norm(x - x.mean(1, keepdim=True))
@@ -108,6 +130,9 @@ def sample_dot(sample: Sample) -> Value | Absent:
     samples = x.shape[axis]
     if samples < 2:
         return Absent("not supported: one sample")
+    if sample.plain and isinstance(sample.rms, float) and 1e-12 < sample.rms < 1e12:
+        total = x.sum(axis).reshape(-1)
+        return (dot(total, total) - x.numel() * sample.rms**2) / (samples - 1)
     # In units of the root mean square: the squares of small gradients would leave the range.
     rms = torch.as_tensor(sample.rms, dtype=torch.float64, device=x.device)
     unit = x.double() / torch.where(rms == 0, 1.0, rms)
@@ -125,7 +150,12 @@ def input_cosine(sample: Sample) -> Value | Absent:
         return Absent("not supported: the trunk's input was not kept")
     if sample.input.shape != sample.x.shape:
         return Absent("not supported: the width differs from the input's")
-    origin = Sample(sample.input, sample.feature_axis, sample.token_axis, sample.valid).positions()
+    start_sample = Sample(sample.input, sample.feature_axis, sample.token_axis, sample.valid)
+    origin = start_sample.positions()
+    lengths, start_lengths = sample.lengths(), start_sample.lengths()
+    if lengths is not None and start_lengths is not None:
+        product = torch.linalg.vecdot(sample.positions(), origin)
+        return (product / (lengths * start_lengths)).mean(dtype=torch.float64).item()
     x, zero = directions(sample.positions())
     start, zero_start = directions(origin)
     return sample.unless_zero(sample.mean(torch.linalg.vecdot(x, start)), zero, zero_start)
