@@ -1,235 +1,175 @@
-"""Laws of growth of Δ with depth, fitted to several depths, each with the weight the data leave it."""
+"""Laws of growth of Δ with the number of blocks: one decorated function each.
+
+A law says Δ(L) = b·x(L; shape), or a + b·x(L; shape), where a is what the first and the last block do
+differently whatever the depth. The shape of a law is no number or one, which is not fitted but averaged
+over: log-uniform inside its bounds before anything is measured. What is made of the laws is in
+`gradscope.analysis.extrapolation`.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.analysis.profile import Interval
-
-__all__ = ["LAWS", "Growth", "fit_growth"]
+__all__ = ["LAWS", "Law", "law"]
 
 Floats = npt.NDArray[np.float64]
-
-#: Laws of growth of Δ with the number of blocks L; each is a line in x(L), with or without an intercept
-#: (what the first and last block do differently). Piecewise laws cannot be extrapolated and are not here.
-LAWS: Final[Mapping[str, tuple[str, bool, Callable[[Floats], Floats] | None]]] = MappingProxyType(
-    {
-        "constant": ("a", True, None),
-        "linear": ("b·L", False, lambda depth: depth),
-        "linear + ends": ("a + b·L", True, lambda depth: depth),
-        "three halves + ends": ("a + b·L^(3/2)", True, lambda depth: depth**1.5),
-        "root + ends": ("a + b·√L", True, np.sqrt),
-        "logarithm": ("b·ln(1 + L)", False, np.log1p),
-        "logarithm + ends": ("a + b·ln(1 + L)", True, np.log1p),
-    }
-)
-
-#: The variance of Δ over replicates grows as L^γ; γ = 1 is a random walk. Prior of γ: its mean and sd.
-_GROWTH_PRIOR: Final = (1.0, 1.0)
+Regressor = Callable[[Floats, Floats], Floats]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Line:
-    """One law, fitted: centre and standard error of the mean at any depth."""
-
-    x: Callable[[Floats], Floats] | None
-    intercept: bool
-    coefficients: Floats
-    covariance: Floats
-
-    def at(self, depth: float) -> tuple[float, float]:
-        row = _design(np.asarray([depth]), self.x, self.intercept)[0]
-        return float(row @ self.coefficients), math.sqrt(max(0.0, float(row @ self.covariance @ row)))
-
-
-def _design(depths: Floats, x: Callable[[Floats], Floats] | None, intercept: bool) -> Floats:
-    columns = [np.ones_like(depths)] if intercept else []
-    columns += [x(depths)] if x is not None else []
-    return np.column_stack(columns)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Growth:
-    """Δ over depths, all laws fitted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Law:
+    """One law of growth.
 
     Attributes:
-        quantity: the quantity's name.
-        kind: what a replicate is.
-        depths: [K] ascending.
-        lines: law → its line.
-        weights: law → its weight.
-        degrees: degrees of freedom of the spread over replicates.
-        spread: function depth → standard deviation of Δ over replicates.
+        name: its name.
+        formula: Δ over L, without what the ends add.
+        meaning: what follows it.
+        source: where it is derived or seen.
+        shape: name of the shape's number; empty where there is none.
+        bounds: (low, high) of the shape, both positive.
+        in_depths: whether the bounds are multiples of the deepest depth that was measured.
+        only_ends: whether Δ is a alone, with no x.
+        x: (depths, shape) → x(L; shape), which broadcasts, is 0 at L = 0 and monotone.
     """
 
-    quantity: str
-    kind: str
-    depths: Floats
-    lines: Mapping[str, _Line]
-    weights: Mapping[str, float]
-    degrees: float
-    spread: Callable[[float], float]
+    name: str
+    formula: str
+    meaning: str
+    source: str
+    shape: str
+    bounds: tuple[float, float]
+    in_depths: bool
+    only_ends: bool
+    x: Regressor
 
-    def quantile(self, depth: float, probability: float, *, single: bool) -> float:
-        """Quantile of the mixture over laws, each Student's t."""
-        from scipy.optimize import brentq
-        from scipy.special import stdtr, stdtrit
 
-        parts: list[tuple[float, float, float]] = []
-        for name, weight in self.weights.items():
-            centre, error = self.lines[name].at(depth)
-            if single:
-                error = math.hypot(error, self.spread(depth))
-            if weight > 1e-6:
-                parts.append((weight, centre, error))
-        total = sum(weight for weight, _, _ in parts)
-        reach = float(stdtrit(self.degrees, probability))
-        ends = [centre + reach * error for _, centre, error in parts]
-        low, high = min(ends), max(ends)
-        if high - low < 1e-12 * max(1.0, abs(low)):
-            return low
+_LAWS: dict[str, Law] = {}
 
-        def below(value: float) -> float:
-            return (
-                sum(
-                    weight
-                    * (
-                        float(stdtr(self.degrees, (value - centre) / error))
-                        if error > 0
-                        else float(value >= centre)
-                    )
-                    for weight, centre, error in parts
-                )
-                / total
-                - probability
-            )
+#: Every law by name, the simpler first. Piecewise laws cannot be extrapolated and are not here.
+LAWS: Final[Mapping[str, Law]] = MappingProxyType(_LAWS)
 
-        if below(low) >= 0:
-            return low
-        if below(high) <= 0:
-            return high
-        root: Any = brentq(below, low, high)
-        return float(root)
 
-    def interval_at(self, depth: float, confidence: float, *, single: bool) -> Interval:
-        """The mixture's mean and its central interval."""
-        total = sum(self.weights.values())
-        centre = sum(w * self.lines[name].at(depth)[0] for name, w in self.weights.items()) / total
-        tail = (1 - confidence) / 2
-        return Interval(
-            estimate=centre,
-            low=self.quantile(depth, tail, single=single),
-            high=self.quantile(depth, 1 - tail, single=single),
-            confidence=confidence,
-            count=int(self.degrees) + len(self.depths),
+def law(
+    *,
+    name: str,
+    formula: str,
+    source: str,
+    shape: str = "",
+    bounds: tuple[float, float] = (1.0, 1.0),
+    in_depths: bool = False,
+    only_ends: bool = False,
+    register: bool = True,
+) -> Callable[[Regressor], Law]:
+    """Make a law of the decorated function; its docstring is the meaning.
+
+    With ``register=False`` it joins no table and can be passed to ``predict(laws=...)``.
+    """
+
+    def make(function: Regressor) -> Law:
+        if register and name in _LAWS:
+            raise ValueError(f"a law of growth {name!r} is already registered")
+        if not 0 < bounds[0] <= bounds[1]:
+            raise ValueError(f"law {name!r}: bounds are (low, high), both positive; got {bounds}")
+        made = Law(
+            name=name,
+            formula=formula,
+            meaning=inspect.getdoc(function) or "",
+            source=source,
+            shape=shape,
+            bounds=bounds,
+            in_depths=in_depths,
+            only_ends=only_ends,
+            x=function,
         )
+        if register:
+            _LAWS[name] = made
+        return made
 
-    def notes(self, depth: float) -> tuple[str, ...]:
-        """How far this is from what was measured."""
-        notes: list[str] = []
-        if self.kind != "initialisation":
-            notes.append(f"replicates are of the kind {self.kind!r}: about these models, no architecture")
-        if self.depths[0] <= depth <= self.depths[-1]:
-            return tuple(notes)
-        far = depth / self.depths[-1] if depth > self.depths[-1] else self.depths[0] / depth
-        notes.append(f"extrapolated by a factor of {far:.2g} in depth")
-        if len(self.depths) < 3:
-            notes.append("two depths cannot tell laws with ends apart: measure a third")
-        return tuple(notes)
+    return make
 
 
-def fit_growth(depths: Floats, delta: Sequence[Floats], quantity: str, kind: str) -> Growth:
-    """Fit every law to Δ of all replicates at all depths.
-
-    Weighted least squares, Var Δ ∝ L^γ; weights exp(−BIC/2), flattened where no law fits (Birge's ratio).
-
-    Args:
-        depths: [K] numbers of blocks, ascending.
-        delta: K arrays, Δ of the replicates at each depth, nats.
-        quantity: the quantity's name.
-        kind: what a replicate is.
-    """
-    counts = np.asarray([len(d) for d in delta], dtype=np.float64)
-    means = np.asarray([d.mean() for d in delta])
-    squares = np.asarray([float(np.sum((d - d.mean()) ** 2)) for d in delta])
-    degrees = float(np.sum(counts - 1))
-    exponent, uncertainty, centre = _variance_exponent(depths, squares, counts)
-    relative = (depths / depths[-1]) ** exponent  # Var Δ at each depth, over that at the deepest
-    variance = float(np.sum(squares / relative)) / degrees
-    floor = (4 * np.finfo(np.float64).eps * max(1.0, float(np.max(np.abs(means))))) ** 2
-    variance = max(variance, floor)
-    size = float(np.sum(counts))
-    lines: dict[str, _Line] = {}
-    bic: dict[str, float] = {}
-    misfit: dict[str, float] = {}
-    for name, (_, intercept, x) in LAWS.items():
-        design = _design(depths, x, intercept)
-        if design.shape[1] > len(depths):
-            continue
-        weights = counts / (variance * relative)
-        information = design.T @ (weights[:, None] * design)
-        covariance = np.linalg.inv(information)
-        coefficients = covariance @ design.T @ (weights * means)
-        residual = means - design @ coefficients
-        misfit[name] = float(np.sum(weights * residual**2))
-        lines[name] = _Line(x=x, intercept=intercept, coefficients=coefficients, covariance=covariance)
-        bic[name] = misfit[name] + design.shape[1] * math.log(size)
-    # No law is exact. Where even the best misses the means by more than the spread allows, its misses
-    # are errors of the laws: all uncertainties grow by as much (Birge's ratio), and weights flatten.
-    rooms = {name: len(depths) - line.coefficients.size for name, line in lines.items()}
-    ratios = [misfit[name] / rooms[name] for name in lines if rooms[name] > 0]
-    exact = any(room == 0 for room in rooms.values())
-    inflation = max(1.0, min(ratios)) if ratios and not exact else 1.0
-    scores = {n: misfit[n] / inflation + (bic[n] - misfit[n]) for n in lines}
-    best = min(scores.values())
-    shares = {name: math.exp(-(score - best) / 2) for name, score in scores.items()}
-    total = sum(shares.values())
-    return Growth(
-        quantity=quantity,
-        kind=kind,
-        depths=depths,
-        lines={
-            name: _Line(
-                x=line.x,
-                intercept=line.intercept,
-                coefficients=line.coefficients,
-                covariance=line.covariance * inflation,
-            )
-            for name, line in lines.items()
-        },
-        weights={name: share / total for name, share in shares.items()},
-        degrees=degrees,
-        # The mean of s² over the exponent's uncertainty, which grows with the distance extrapolated.
-        spread=lambda depth: math.sqrt(
-            variance
-            * (depth / depths[-1]) ** exponent
-            * math.exp(0.5 * (uncertainty * math.log(depth / centre)) ** 2)
-        ),
-    )
+@law(
+    name="constant",
+    formula="a",
+    source="DeepNorm: Wang et al. 2022, arXiv:2203.00555",
+    only_ends=True,
+)
+def _constant(depth: Floats, shape: Floats) -> Floats:
+    """The ends alone: nothing adds up over depth."""
+    return np.zeros_like(depth * shape)
 
 
-def _variance_exponent(depths: Floats, squares: Floats, counts: Floats) -> tuple[float, float, float]:
-    """γ of Var Δ ∝ L^γ, its standard error, and the depth about which it turns.
+@law(
+    name="linear",
+    formula="b·L",
+    source="plain chains: Schoenholz et al. 2017, arXiv:1611.01232",
+)
+def _linear(depth: Floats, shape: Floats) -> Floats:
+    """Every block multiplies by the same factor."""
+    return depth * np.ones_like(shape)
 
-    Regression of ln s² on ln L, with a prior around the random walk's 1; Var(ln s²) = ψ′((R − 1)/2) for
-    Gaussian Δ.
-    """
-    from scipy.special import polygamma
 
-    prior, width = _GROWTH_PRIOR
-    x = np.log(depths)
-    weights = 1 / np.asarray(polygamma(1, (counts - 1) / 2), dtype=np.float64)
-    centre = float(np.average(x, weights=weights))
-    if (squares <= 0).any():
-        return prior, width, math.exp(centre)
-    y = np.log(squares / (counts - 1))
-    information = float(np.sum(weights * (x - centre) ** 2)) + 1 / width**2
-    product = float(np.sum(weights * (x - centre) * y)) + prior / width**2
-    return product / information, math.sqrt(1 / information), math.exp(centre)
+@law(
+    name="root",
+    formula="b·√L",
+    source="residual tanh: Yang & Schoenholz 2017, arXiv:1712.08969",
+)
+def _root(depth: Floats, shape: Floats) -> Floats:
+    """Between a logarithm and a line."""
+    return np.sqrt(depth) * np.ones_like(shape)
+
+
+@law(
+    name="logarithm",
+    formula="b·ln(1 + L)",
+    source="pre-norm, b = ½: Xiong et al. 2020, arXiv:2002.04745",
+)
+def _logarithm(depth: Floats, shape: Floats) -> Floats:
+    """Block l is one of l + 1 equal parts of the stream: a power of the depth."""
+    return np.log1p(depth) * np.ones_like(shape)
+
+
+@law(
+    name="power",
+    formula="b·L^p",
+    source="residual nets between criticality and chaos: Yang & Schoenholz 2017, arXiv:1712.08969",
+    shape="p",
+    bounds=(0.3, 3.0),
+)
+def _power(depth: Floats, shape: Floats) -> Floats:
+    """A power of its own, of Δ itself, slower or faster than a line."""
+    return depth**shape
+
+
+@law(
+    name="saturating",
+    formula="b·(1 − e^(−L/τ))",
+    source="a fixed point, reached within τ blocks: Schoenholz et al. 2017, arXiv:1611.01232",
+    shape="τ",
+    bounds=(1 / 8, 4.0),
+    in_depths=True,
+)
+def _saturating(depth: Floats, shape: Floats) -> Floats:
+    """Levels off: blocks beyond a few τ change nothing more."""
+    return -np.expm1(-depth / shape)
+
+
+@law(
+    name="take-off",
+    formula="b·(e^(L/τ) − 1)",
+    source="skips without norms, whose stream grows by a factor per block: He et al. 2016, "
+    "arXiv:1603.05027; Zhang et al. 2019, arXiv:1901.09321",
+    shape="τ",
+    bounds=(1 / 2, 4.0),
+    in_depths=True,
+)
+def _take_off(depth: Floats, shape: Floats) -> Floats:
+    """Every block adds more than the one before it, by the same factor."""
+    return np.expm1(depth / shape)

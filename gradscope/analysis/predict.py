@@ -2,8 +2,9 @@
 
 From measurements at two or more depths: Δ(L), the end-to-end change of a trunk of L blocks, is laid
 against laws of growth in L, and all laws that the measurements leave standing speak, each with its
-weight. Within one net a profile says little about a deeper one (its ends are its own, and DeepNorm or
-scaled branches change every layer with the depth), so depth itself must be varied.
+weight and with what a law may be wrong by (`gradscope.analysis.extrapolation`). Within one net a profile
+says little about a deeper one (its ends are its own, and DeepNorm or scaled branches change every layer
+with the depth), so depth itself must be varied.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from gradscope.analysis.change import Change, end_to_end
 from gradscope.analysis.curve import Curve, Source, as_curve
-from gradscope.analysis.growth import LAWS, Growth, fit_growth
+from gradscope.analysis.decay import DecayFit
+from gradscope.analysis.extrapolation import Growth, fit_growth
+from gradscope.analysis.growth import LAWS, Law
+from gradscope.analysis.mixture import Mixture
 from gradscope.analysis.profile import Interval, Profile
 from gradscope.analysis.verdict import THRESHOLD
 from gradscope.errors import QuantityError
@@ -42,7 +47,9 @@ class Prediction:
         measured: the depths that were measured.
         expected: Δ in the mean over initialisations, nats, with the interval of that mean.
         single: Δ of one new network: the same centre, with the spread over initialisations added.
-        laws: law of growth → its weight.
+        laws: law of growth, with or without what the ends add → its weight.
+        formulas: law → its formula.
+        misfit: p-value of the measured means under the law that fits them best; a small one is a note.
         notes: how far this extrapolates, and other things to know.
     """
 
@@ -52,13 +59,15 @@ class Prediction:
     expected: Interval
     single: Interval
     laws: Mapping[str, float]
+    formulas: Mapping[str, str]
+    misfit: float
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
         laws = ", ".join(
-            f"{LAWS[name][0]} {weight:.2f}"
+            f"{self.formulas[name]} {weight:.2f}"
             for name, weight in sorted(self.laws.items(), key=lambda item: -item[1])
-            if weight >= 0.01
+            if weight >= 0.05
         )
         measured = ", ".join(f"{d:g}" for d in self.measured)
         lines = [
@@ -96,6 +105,12 @@ class DepthLimit:
     def __str__(self) -> str:
         if math.isinf(self.low):
             return f"no turn of the verdict up to {self.searched:g} blocks"
+        if math.isinf(self.estimate):
+            return (
+                f"no turn of the verdict expected up to {self.searched:g} blocks; {self.word} "
+                f"(|Δ| > {self.threshold:g} nats) possible from {self.low:.3g} on "
+                f"({100 * self.confidence:g} %)"
+            )
         ends = [f"more than {self.searched:g}" if math.isinf(x) else f"{x:.3g}" for x in self._numbers]
         return (
             f"{self.word} (|Δ| > {self.threshold:g} nats) from {ends[0]} blocks on "
@@ -116,14 +131,16 @@ def predict(
     *,
     trunk: str | None = None,
     step: int | Sequence[int] | None = None,
+    laws: Iterable[str | Law] | None = None,
     confidence: float = 0.95,
 ) -> Prediction:
     """Δ at a depth that was not built, with an interval.
 
-    Every law of growth in `LAWS` is fitted to Δ of all replicates at all depths by weighted least
-    squares, the variance over replicates growing as a power of the depth; laws are averaged with weights
-    exp(−BIC/2), and the interval is that of the mixture, so that what the measurements cannot tell apart
-    makes it wider.
+    Every law of growth in `LAWS` (constant, linear, root, logarithm, power, saturating, take-off; each
+    with and without a constant for what the ends add) is averaged over with the weight that Δ at all
+    depths leaves it, and each may be off by a share of what it says beyond the deepest measurement. So
+    the interval is wide where measurements cannot tell laws apart, where laws miss them, and far away.
+    The variance over replicates grows as a power of the depth, which is averaged over too.
 
     ::
 
@@ -136,23 +153,30 @@ def predict(
         quantity: a name in `gradscope.analysis.QUANTITIES` that has a logarithm.
         trunk: the trunk, where the Records have several.
         step: as in `gradscope.profile`.
+        laws: names in `gradscope.analysis.predict.LAWS` or laws of your own; None for all.
         confidence: coverage of the intervals.
 
     Raises:
         QuantityError: fewer than two depths, one replicate only, or an end value that is 0 or absent.
-        ValueError: a depth that is not positive.
+        ValueError: a depth that is not positive, or an unknown law.
+        TypeError: a single measurement, or sources of another type.
     """
+    if isinstance(depth, bool) or not isinstance(depth, int | float | np.integer | np.floating):
+        raise TypeError(f"depth= is a number of blocks; got an object of type {type(depth).__name__}")
     if not 0 < depth < math.inf:
         raise ValueError(f"depth= is a positive number of blocks; got {depth}")
     _check_confidence(confidence)
-    growth = _growth(sources, quantity, trunk, step)
+    growth = _growth(sources, quantity, trunk, step, laws)
+    at = np.asarray([depth], dtype=np.float64)
     return Prediction(
         depth=float(depth),
         quantity=growth.quantity,
         measured=tuple(growth.depths.tolist()),
-        expected=growth.interval_at(float(depth), confidence, single=False),
-        single=growth.interval_at(float(depth), confidence, single=True),
+        expected=_interval(growth.of_mean(at), confidence, growth.replicates),
+        single=_interval(growth.of_one(at), confidence, growth.replicates),
         laws=growth.weights,
+        formulas=growth.formulas,
+        misfit=growth.misfit,
         notes=growth.notes(float(depth)),
     )
 
@@ -163,6 +187,7 @@ def depth_limit(
     *,
     trunk: str | None = None,
     step: int | Sequence[int] | None = None,
+    laws: Iterable[str | Law] | None = None,
     threshold: float = THRESHOLD,
     confidence: float = 0.95,
 ) -> DepthLimit:
@@ -179,6 +204,7 @@ def depth_limit(
         quantity: as in `predict`.
         trunk: as in `predict`.
         step: as in `predict`.
+        laws: as in `predict`.
         threshold: nats of amplitude, as in `gradscope.verdict`.
         confidence: coverage of the interval.
 
@@ -188,22 +214,23 @@ def depth_limit(
     _check_confidence(confidence)
     if not 0 < threshold < math.inf:
         raise ValueError(f"threshold= is a positive number of nats; got {threshold}")
-    growth = _growth(sources, quantity, trunk, step)
+    growth = _growth(sources, quantity, trunk, step, laws)
     farthest = _FARTHEST * float(growth.depths[-1])
     grid = np.unique(np.round(np.geomspace(1, farthest, 400)))
+    mixture = growth.of_mean(grid)
     tail = (1 - confidence) / 2
-    low, middle, high = (
-        np.asarray([growth.quantile(float(d), p, single=False) for d in grid])
-        for p in (tail, 0.5, 1 - tail)
-    )
 
-    def first(curve: Floats) -> float:
-        beyond = np.flatnonzero(curve > threshold)
+    def first(turned: Floats, probability: float) -> float:
+        beyond = np.flatnonzero(turned > probability)
         return float(grid[beyond[0]]) if len(beyond) else math.inf
 
+    turned = {
+        "vanishing": mixture.below(-threshold),
+        "exploding": 1 - mixture.below(threshold),
+    }
     sides = {
-        "vanishing": (first(-middle), first(-low), first(-high)),
-        "exploding": (first(middle), first(high), first(low)),
+        word: (first(chance, 0.5), first(chance, tail), first(chance, 1 - tail))
+        for word, chance in turned.items()
     }
     word = min(sides, key=lambda w: (sides[w][0], sides[w][1]))
     estimate, soonest, latest = sides[word]
@@ -223,18 +250,51 @@ def _check_confidence(confidence: float) -> None:
         raise ValueError(f"confidence is a coverage between 0 and 1, such as .95; got {confidence}")
 
 
+def _interval(mixture: Mixture, confidence: float, count: int) -> Interval:
+    tail = (1 - confidence) / 2
+    return Interval(
+        estimate=float(mixture.quantile(0.5)[0]),
+        low=float(mixture.quantile(tail)[0]),
+        high=float(mixture.quantile(1 - tail)[0]),
+        confidence=confidence,
+        count=count,
+    )
+
+
+def _laws(laws: Iterable[str | Law] | None) -> list[Law]:
+    if laws is None:
+        return list(LAWS.values())
+    chosen: list[Law] = []
+    for each in [laws] if isinstance(laws, str) else laws:
+        if isinstance(each, Law):
+            chosen.append(each)
+        elif each in LAWS:
+            chosen.append(LAWS[each])
+        else:
+            raise ValueError(f"no law of growth {each!r}; the laws are {', '.join(LAWS)}")
+    if not chosen:
+        raise ValueError("laws= is empty: there is nothing to fit")
+    return chosen
+
+
 def _growth(
-    sources: Iterable[Source], quantity: str, trunk: str | None, step: int | Sequence[int] | None
+    sources: Iterable[Source],
+    quantity: str,
+    trunk: str | None,
+    step: int | Sequence[int] | None,
+    laws: Iterable[str | Law] | None,
 ) -> Growth:
-    if isinstance(sources, Record | Profile):
-        raise TypeError("this takes several measurements, at two or more depths: predict([a, b, c], 48)")
-    curves = [as_curve(source, quantity, trunk=trunk, step=step) for source in sources]
+    chosen = _laws(laws)
+    curves = [as_curve(source, quantity, trunk=trunk, step=step) for source in _several(sources)]
     for what, values in (
         ("quantities", {curve.quantity for curve in curves}),
         ("kinds of replicate", {curve.kind for curve in curves}),
     ):
         if len(values) > 1:
-            raise QuantityError(f"measurements of different {what} together: {', '.join(sorted(values))}")
+            raise QuantityError(
+                f"measurements of different {what} together: {', '.join(sorted(values))}. "
+                "Predict from those of one kind."
+            )
     changes = [_change(curve) for curve in curves]
     pooled: dict[float, list[Floats]] = {}
     for curve, change in zip(curves, changes, strict=True):
@@ -258,7 +318,33 @@ def _growth(
             "a prediction needs two or more replicates at every depth, to know the spread over "
             "initialisations: measure(..., replicates=5)."
         )
-    return fit_growth(depths, delta, curves[0].quantity, curves[0].kind)
+    return fit_growth(depths, delta, curves[0].quantity, curves[0].kind, chosen)
+
+
+def _several(sources: Any) -> list[Source]:
+    """The measurements, one for each depth, or what to write instead of what was given."""
+    write = "predict([shallow, deeper, deepest], 48), with one measurement for each depth"
+    if isinstance(sources, Record | Profile | np.ndarray):
+        raise TypeError(
+            f"one {type(sources).__name__} is one measurement, and this takes several, at two or more "
+            f"depths: {write}."
+        )
+    if isinstance(sources, Mapping):
+        raise TypeError(f"a mapping has no order of measurements: {write}; give list(them.values()).")
+    if isinstance(sources, str | bytes) or not isinstance(sources, Iterable):
+        raise TypeError(f"this takes several measurements; got a {type(sources).__name__}: {write}.")
+    found: list[Source] = []
+    for each in sources:
+        if isinstance(each, DecayFit | str | Path):
+            where = (
+                "gradscope.Record.load(path)" if not isinstance(each, DecayFit) else "the Record itself"
+            )
+            raise TypeError(
+                f"a measurement is a Record, a Profile or an array [replicates, positions]; got a "
+                f"{type(each).__name__}. Give {where}."
+            )
+        found.append(each)
+    return found
 
 
 def _change(curve: Curve) -> Change:
