@@ -7,6 +7,7 @@ from benchmarks import calibration, prediction
 from benchmarks.calibration import Cell, allowed, cells, rates
 
 import gradscope
+from gradscope.reference import VARIANTS
 
 SIMULATIONS = 600
 NULL = calibration.THRESHOLD
@@ -117,20 +118,12 @@ def test_depth_48_is_predicted_for_a_net_really_built() -> None:
 
 
 @pytest.mark.slow
-def test_depth_48_is_predicted_at_the_stated_rate_for_five_variants() -> None:
-    rows = [
-        prediction.judged(variant, 40, 60)
-        for variant in (
-            "no_skip",
-            "no_skip_pre_norm",
-            "no_skip_post_norm",
-            "deepnorm",
-            "layerscale",
-            "depth_scaled",
-            "layernorm_scaling",
-        )
-    ]
-    assert sum(row.single >= 0.93 for row in rows) >= 5, rows
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_depth_48_is_predicted_at_the_stated_rate(variant: str) -> None:
+    """Late in post-norm: its change at 24 blocks is less than five replicates see."""
+    row = prediction.judged(variant, 40, 60)
+    assert row.single >= (0.88 if variant == "post_norm" else 0.93), row
+    assert row.width <= max(5 * 3.92 * row.sd, 1e-12), row
 
 
 def test_the_bound_of_a_share_is_two_standard_errors() -> None:
