@@ -51,7 +51,7 @@ _ENDS_SIZE: Final = 0.5
 #: Values of a shape, laid over its bounds; then again, at most so often, about those within e^−10 of the
 #: likeliest, until a third of the values are.
 _SHAPES: Final = 25
-_REFINEMENTS: Final = 8
+_REFINEMENTS: Final = 7
 _REACH: Final = 10.0
 
 #: Components that have this share together, the least ones, are dropped.
@@ -202,13 +202,12 @@ def _averaged(law: Law, ends: bool, means: _Means) -> _Components:
     scale = float(means.depths[-1]) if law.in_depths else 1.0
     low, high = (math.log(scale * bound) for bound in law.bounds)
     shapes = _SHAPES if high > low else 1
-    first, last = np.full(len(eta), low), np.full(len(eta), high)
-    for refinement in range(_REFINEMENTS):
-        logs = np.linspace(first, last, shapes, axis=1)  # [η, shapes]
-        step = (last - first) / max(shapes - 1, 1)
+
+    def laid(logs: Floats, step: Floats) -> _Components:
+        """Over ln(shape) [η, shapes] on an even grid."""
         share = weight * (step / (high - low) if high > low else 1.0)
         blank = np.zeros(logs.size)
-        found = _Components(
+        return _Components(
             law=law,
             ends=ends,
             shape=np.exp(logs).ravel(),
@@ -218,13 +217,20 @@ def _averaged(law: Law, ends: bool, means: _Means) -> _Components:
             log_weight=np.repeat(np.log(share), shapes),
             misfit=blank,
         ).weighed(means)
+
+    first, last = np.full(len(eta), low), np.full(len(eta), high)
+    logs, step = np.linspace(first, last, shapes, axis=1), (last - first) / max(shapes - 1, 1)
+    found = laid(logs, step)
+    for _ in range(_REFINEMENTS):
         heights = found.log_weight.reshape(logs.shape)
         near = heights > heights.max(1, keepdims=True) - _REACH
-        if (near.sum(1) > shapes / 3).all() or refinement == _REFINEMENTS - 1:
-            return found
+        if (near.sum(1) > shapes / 3).all():
+            break
         first = np.maximum(low, np.where(near, logs, math.inf).min(1) - step)
         last = np.minimum(high, np.where(near, logs, -math.inf).max(1) + step)
-    raise AssertionError("unreachable")
+        logs, step = np.linspace(first, last, shapes, axis=1), (last - first) / (shapes - 1)
+        found = laid(logs, step)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
