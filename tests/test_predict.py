@@ -147,6 +147,13 @@ def test_between_measured_depths_is_no_extrapolation() -> None:
     assert found.expected.estimate == pytest.approx(-1.8, abs=0.02)
 
 
+def test_shallower_than_measured_is_an_extrapolation_too() -> None:
+    found = gradscope.predict([profiles(d, -0.1 * d, 0.01, 0) for d in (6, 12, 24)], 3)
+    assert found.notes == ("extrapolated by a factor of 2 in depth",)
+    assert found.expected.low < -0.3 < found.expected.high
+    assert found.expected.estimate == pytest.approx(-0.3, abs=0.05)
+
+
 def test_two_depths_say_what_they_cannot_tell() -> None:
     sources = [profiles(d, -0.1 * d, 0.01, 0) for d in (6, 12, 24)]
     two, three = (gradscope.predict(each, 48) for each in (sources[:2], sources))
@@ -166,6 +173,9 @@ def test_what_cannot_be_predicted_is_refused() -> None:
     two = [profiles(d, -1, 0.1, 0) for d in (6, 12)]
     with pytest.raises(ValueError, match="positive number of blocks"):
         gradscope.predict(two, 0)
+    with pytest.raises(gradscope.GradscopeError, match="more than 100 times the deepest measurement"):
+        gradscope.predict(two, 1201)
+    assert math.isfinite(gradscope.predict(two, 1200).single.high)
     with pytest.raises(TypeError, match="depth= is a number of blocks; got an object of type str"):
         gradscope.predict(two, "48")  # type: ignore[arg-type]
 

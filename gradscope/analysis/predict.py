@@ -157,7 +157,8 @@ def predict(
         confidence: coverage of the intervals.
 
     Raises:
-        QuantityError: fewer than two depths, one replicate only, or an end value that is 0 or absent.
+        QuantityError: fewer than two depths, one replicate only, an end value that is 0 or absent, or a
+            depth beyond a hundred times the deepest measurement.
         ValueError: a depth that is not positive, or an unknown law.
         TypeError: a single measurement, or sources of another type.
     """
@@ -167,6 +168,11 @@ def predict(
         raise ValueError(f"depth= is a positive number of blocks; got {depth}")
     _check_confidence(confidence)
     growth = _growth(sources, quantity, trunk, step, laws)
+    if depth > _FARTHEST * growth.depths[-1]:
+        raise QuantityError(
+            f"{depth:g} blocks are more than {_FARTHEST:g} times the deepest measurement "
+            f"({growth.depths[-1]:g}): no law of growth reaches so far. Measure deeper ones."
+        )
     at = np.asarray([depth], dtype=np.float64)
     return Prediction(
         depth=float(depth),
