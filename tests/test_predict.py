@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradscope
-from gradscope.analysis.growth import LAWS, law
+from gradscope.analysis import LAWS, law
 
 
 def profiles(depth: int, delta: float, sd: float, seed: int, replicates: int = 5) -> np.ndarray:

@@ -4,11 +4,12 @@
 - `history`: one quantity over depth for every step and replicate.
 - `fit_decay`: the family of decay that a profile follows, its rate and depth scale.
 - `verdict`, `verdicts`: vanishing, exploding, preserved or inconclusive, with the evidence.
-- `predict`, `depth_limit`: the gradient at a depth not built; how deep the architecture can go.
+- `predict`, `depth_limit`: the gradient at a depth not built; how deep the architecture can go;
+  `law` makes a law of growth of one's own.
 - `diagnose`: what is wrong, where, since when, why, and what to do; `rule` makes a rule of one's own.
 - `meanfield`: what theory expects of a wide plain net, and a measured profile beside it.
 - `path_lengths`: how many paths of which length an unrolled residual network has.
-- `QUANTITIES`, `FAMILIES`, `RULES`: what there is, with formula and source.
+- `QUANTITIES`, `FAMILIES`, `LAWS`, `RULES`: what there is, with formula and source.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gradscope.analysis.change import DepthScale
 from gradscope.analysis.decay import DecayFit, fit_decay
 from gradscope.analysis.diagnosis import RULES, Diagnosis, Finding, Rule, Threshold, diagnose, rule
 from gradscope.analysis.families import FAMILIES, Family, family
+from gradscope.analysis.growth import LAWS, Law, law
 from gradscope.analysis.history import History, history
 from gradscope.analysis.path_lengths import PathLengths, path_lengths
 from gradscope.analysis.predict import DepthLimit, Prediction, depth_limit, predict
@@ -27,6 +29,7 @@ from gradscope.analysis.verdict import Verdict, Verdicts, verdict, verdicts
 
 __all__ = [
     "FAMILIES",
+    "LAWS",
     "QKV_NAMES",
     "QUANTITIES",
     "RULES",
@@ -38,6 +41,7 @@ __all__ = [
     "Finding",
     "History",
     "Interval",
+    "Law",
     "PathLengths",
     "Prediction",
     "Profile",
@@ -53,6 +57,7 @@ __all__ = [
     "fit_decay",
     "history",
     "interval",
+    "law",
     "path_lengths",
     "predict",
     "profile",

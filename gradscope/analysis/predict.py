@@ -29,7 +29,7 @@ from gradscope.analysis.verdict import THRESHOLD
 from gradscope.errors import QuantityError
 from gradscope.record import Record
 
-__all__ = ["LAWS", "DepthLimit", "Prediction", "depth_limit", "predict"]
+__all__ = ["DepthLimit", "Prediction", "depth_limit", "predict"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -153,7 +153,7 @@ def predict(
         quantity: a name in `gradscope.analysis.QUANTITIES` that has a logarithm.
         trunk: the trunk, where the Records have several.
         step: as in `gradscope.profile`.
-        laws: names in `gradscope.analysis.predict.LAWS` or laws of your own; None for all.
+        laws: names in `gradscope.analysis.LAWS` or laws of your own; None for all.
         confidence: coverage of the intervals.
 
     Raises:
