@@ -403,6 +403,7 @@ def test_slow_kernels_do_not_run_unless_due_and_wanted(monkeypatch: pytest.Monke
                 return function(*args)
 
             monkeypatch.setitem(register, name, counted)
+    statistics.measurement._PLANS.clear()
     everything = set(statistics.KERNELS) | set(statistics.PAIR_KERNELS)
 
     def train(steps: int, **options: Any) -> set[str]:

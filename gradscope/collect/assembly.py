@@ -17,6 +17,7 @@ from gradscope.collect.passes import LAST, Call, Pass
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
+from gradscope.record.steps import coded
 from gradscope.statistics import ACTIVATION, GRADIENT, NO_DIRECTION, Value, pool
 
 __all__ = ["Assembler"]
@@ -60,6 +61,7 @@ class Assembler:
     _signature: Any = None
     _rows: Rows | None = None
     _take: np.ndarray | None = None
+    _kept: list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = field(default_factory=list)
     _parameter_rows: list[tuple[int, str, str]] = field(default_factory=list)
     _parameter_groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -112,12 +114,22 @@ class Assembler:
         words = np.concatenate([why.reshape(-1)[self._take], parameter_why])
         if self.refusal is not None:
             words[:] = self.refusal
-        absent = {int(i): words[i] for i in np.flatnonzero(words != "")}
         losses = [float(p.loss) for p in passes if p.loss is not None]
         fields.setdefault("loss", sum(losses) / len(losses) if losses else None)
         if readings.scale is not None:
             fields.setdefault("loss_scale", float(readings.scale))
-        return Step.of(self._rows, values, absent, **fields)
+        status, statuses = self._statuses(words)
+        return Step.coded(self._rows, values, status, statuses, **fields)
+
+    def _statuses(self, words: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The statuses as numbers and their words; most steps have those of an earlier one."""
+        for kept in self._kept:
+            if np.array_equal(kept[0], words):
+                return kept[1], kept[2]
+        status, statuses = coded(words)
+        # Steps with and without slow statistics take turns.
+        self._kept = [*self._kept[-1:], (words, status, statuses)]
+        return status, statuses
 
     # -- layers --------------------------------------------------------------------------------
 

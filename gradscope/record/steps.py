@@ -118,6 +118,19 @@ class Rows:
     __hash__ = None  # type: ignore[assignment]
 
 
+def coded(words: npt.NDArray[np.object_]) -> tuple[npt.NDArray[np.uint8], tuple[str, ...]]:
+    """Statuses ("" stands for ok) as codes of one byte each, and the words that these stand for."""
+    known = {"": 0, OK: 0}
+    status = np.zeros(len(words), dtype=np.uint8)
+    for row in np.flatnonzero(words != "").tolist():
+        why = words[row]
+        if why not in known and len(known) > 255:
+            why = "error: more than 254 different reasons in one step"
+        status[row] = known.setdefault(why, len(known) - 1)
+    status.flags.writeable = False
+    return status, tuple(word for word in known if word)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
     """The values of one training step (or one measurement) of one replicate.
@@ -178,18 +191,21 @@ class Step:
         values = np.array(value, dtype=np.float64)
         if values.shape != (len(rows),):
             raise RecordError(f"{values.shape} values for {len(rows)} rows")
-        status = np.zeros(len(rows), dtype=np.uint8)
-        words: dict[str, int] = {OK: 0}
+        words = np.full(len(rows), "", dtype=object)
         for row, why in absent.items():
             if not 0 <= row < len(rows):
                 raise RecordError(f"row {row} of {len(rows)} is said to be absent ({why})")
-            if why not in words and len(words) >= 255:
-                why = "error: more than 254 different reasons in one step"
-            status[row] = words.setdefault(why, len(words))
-            if status[row]:
-                values[row] = math.nan
-        values.flags.writeable = status.flags.writeable = False
-        return cls(rows=rows, value=values, status=status, statuses=tuple(words), **others)
+            words[row] = why
+        return cls.coded(rows, values, *coded(words), **others)
+
+    @classmethod
+    def coded(
+        cls, rows: Rows, value: np.ndarray, status: np.ndarray, statuses: tuple[str, ...], **others: Any
+    ) -> Step:
+        """The same from numbers that stand for statuses, see `coded`; absent values become NaN."""
+        values = np.where(status == 0, value, math.nan)
+        values.flags.writeable = False
+        return cls(rows=rows, value=values, status=status, statuses=statuses, **others)
 
     @property
     def nbytes(self) -> int:

@@ -79,20 +79,31 @@ class Pair:
         added = self._branch or self._following
         if stream is None or added is None or not added.plain:
             return None
-        h = self.stream.positions()
-        f = added.positions() if self._branch is not None else added.positions() - h
-        length = Sample(f).lengths()
-        if length is None or (self._following is not None and self._following.lengths() is None):
+        if self._following is not None and self._following.lengths() is None:
             return None
-        product = torch.linalg.vecdot(f, h)
-        angle = _angle(f, h, product, stream, 1.0)
-        large = length > stream / 2
-        if self._following is not None and bool(large.any()):
-            after = self._following.positions()
-            angle = torch.where(
-                large, _angle(after, h, torch.linalg.vecdot(after, h), stream, 0.0), angle
-            )
-        return _Lengths(stream.double(), length.double(), product.double(), angle)
+        start, parts = 0, list[tuple[Tensor, ...]]()
+        for h, x in zip(self.stream.pieces(), added.pieces(), strict=True):
+            part = _piece(h, x, stream[start : start + len(h)], branch=self._branch is not None)
+            if part is None:
+                return None
+            start += len(h)
+            parts.append(part)
+        length, product, angle = (torch.cat(column).double() for column in zip(*parts, strict=True))
+        return _Lengths(stream.double(), length, product, angle)
+
+
+def _piece(h: Tensor, x: Tensor, stream: Tensor, *, branch: bool) -> tuple[Tensor, ...] | None:
+    """|F|, <F, h> and the angle of some positions; None where a length is out of range."""
+    f = x if branch else x - h
+    length = Sample(f).lengths()
+    if length is None:
+        return None
+    product = torch.linalg.vecdot(f, h)
+    angle = _angle(f, h, product, stream, 1.0)
+    large = length > stream / 2
+    if not branch and bool(large.any()):
+        angle = torch.where(large, _angle(x, h, torch.linalg.vecdot(x, h), stream, 0.0), angle)
+    return length, product, angle
 
 
 def _angle(x: Tensor, h: Tensor, product: Tensor, length: Tensor, more: float) -> Tensor:

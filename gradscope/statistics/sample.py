@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ from gradscope.record import STATISTICS
 __all__ = [
     "KERNELS",
     "NO_DIRECTION",
+    "PIECE",
     "WIDE",
     "Absent",
     "Sample",
@@ -22,6 +23,7 @@ __all__ = [
     "directions",
     "kernel",
     "scalar",
+    "type_kernel",
 ]
 
 Value = float | Tensor
@@ -35,6 +37,9 @@ WIDE: Final = (torch.float32, torch.float64)
 NO_DIRECTION: Final = math.inf
 
 
+#: What is computed in between stays in the processor's cache in pieces of so many elements; larger ones
+#: are new memory from the system at every call.
+PIECE: Final = 1 << 15
 #: Lengths between which squares and products of float32 numbers keep their digits.
 _LEAST: Final = 1e-15
 _MOST: Final = 1e15
@@ -115,6 +120,13 @@ class Sample:
     def plain(self) -> bool:
         """Whether it is on a CPU, its features last, and without a mask: what fast kernels take."""
         return self.valid is None and self.feature_axis == -1 and self.x.device.type == "cpu"
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The positions in pieces that stay in the processor's cache, [some positions, features]."""
+        x = self.positions()
+        rows = max(PIECE // x.shape[-1], 1)
+        for start in range(0, len(x), rows):
+            yield x[start : start + rows]
 
     def lengths(self) -> Tensor | None:
         """|x| of each position, [positions], of a plain sample; None where any leaves the safe range.

@@ -27,8 +27,11 @@ def kurtosis(sample: Sample) -> Value | Absent:
     NaN where x is zero or not finite.
     """
     if sample.plain and sample.typical:
-        square = sample.x.reshape(-1).square()
-        return dot(square, square) / (len(square) * sample.rms**4)
+        fourth = 0.0
+        for x in sample.pieces():
+            square = x.square().reshape(-1)
+            fourth += dot(square, square)
+        return fourth / (sample.x.numel() * sample.rms**4)
     unit = sample.wide(sample.positions()) / sample.rms
     return scalar(sample.mean(unit.square().square().mean(-1, dtype=torch.float64)))
 
@@ -44,11 +47,13 @@ def token_variance(sample: Sample) -> Value | Absent:
     if features < 2:
         return Absent("one element")
     if sample.plain and sample.typical:
-        x = sample.positions()
-        centred = x - x.mean(-1, keepdim=True)
-        left = centred.mean(-1)  # of the mean, which was rounded to be subtracted
-        flat = centred.reshape(-1)
-        return (dot(flat, flat) - features * dot(left, left)) / len(flat)
+        squares = 0.0
+        for x in sample.pieces():
+            centred = x - x.mean(-1, keepdim=True)
+            left = centred.mean(-1)  # of the mean, which was rounded to be subtracted
+            flat = centred.reshape(-1)
+            squares += dot(flat, flat) - features * dot(left, left)
+        return squares / sample.x.numel()
     x = sample.wide(sample.positions())
     return scalar(sample.mean(x.var(-1, correction=0)))
 
@@ -101,10 +106,13 @@ def token_centred_l2(sample: Sample) -> Value | Absent:
         return sequences
     x, valid = sequences
     if sample.plain and sample.typical:
-        centred = x - x.mean(1, keepdim=True)
-        left = centred.mean(1).reshape(-1)
-        flat = centred.reshape(-1)
-        return max(dot(flat, flat) - x.shape[1] * dot(left, left), 0.0) ** 0.5
+        squares = 0.0
+        for sequence in x:
+            centred = sequence - sequence.mean(0)
+            left = centred.mean(0)
+            flat = centred.reshape(-1)
+            squares += dot(flat, flat) - len(centred) * dot(left, left)
+        return max(squares, 0.0) ** 0.5
     x = x.double()
     if valid is None:
         return frobenius_norm(x - x.mean(1, keepdim=True))
@@ -154,7 +162,8 @@ def input_cosine(sample: Sample) -> Value | Absent:
     origin = start_sample.positions()
     lengths, start_lengths = sample.lengths(), start_sample.lengths()
     if lengths is not None and start_lengths is not None:
-        product = torch.linalg.vecdot(sample.positions(), origin)
+        pieces = zip(sample.pieces(), start_sample.pieces(), strict=True)
+        product = torch.cat([torch.linalg.vecdot(x, y) for x, y in pieces])
         return (product / (lengths * start_lengths)).mean(dtype=torch.float64).item()
     x, zero = directions(sample.positions())
     start, zero_start = directions(origin)
