@@ -516,3 +516,32 @@ def test_attention_without_skips_loses_rank_super_exponentially() -> None:
     assert 2 <= ratio <= 4
     assert (residual[:, -1] < -14).all()  # all tokens are one, up to the rounding of float64
     assert (gradscope.profile(record, "token_cosine").value[:, -1] > 1 - 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_every_slow_statistic_of_the_same_numbers_in_float64(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    h, x = torch.randn(3, 4, 16).to(dtype), torch.randn(3, 4, 16).to(dtype)
+    for columns in (statistics.ACTIVATION, statistics.GRADIENT):
+        half, wide = (
+            statistics.measure(a, columns, input=b, slow=True, stream=True)
+            for a, b in ((x, h), (x.double(), h.double()))
+        )
+        assert half[1] == wide[1]
+        assert half[0] == pytest.approx(wide[0], rel=1e-5, nan_ok=True)
+    narrow, exact = (
+        floats(statistics.measure_pair(a, b, STATISTICS)) for a, b in ((h, x), (h.double(), x.double()))
+    )
+    assert narrow == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_model_in_half_precision_is_watched_without_faults() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4))).to(torch.bfloat16)
+    with gradscope.watch(model) as scope:
+        model(torch.randn(5, 8, dtype=torch.bfloat16)).float().square().mean().backward()
+    assert scope.faults == {}
+    assert (scope.record.table(statistic="input_cosine", status="ok")["value"] <= 1.001).all()
+    assert len(scope.record.table(statistic="input_cosine", status="ok")["value"])

@@ -158,7 +158,9 @@ def input_cosine(sample: Sample) -> Value | Absent:
         return Absent("not supported: the trunk's input was not kept")
     if sample.input.shape != sample.x.shape:
         return Absent("not supported: the width differs from the input's")
-    start_sample = Sample(sample.input, sample.feature_axis, sample.token_axis, sample.valid)
+    # The trunk's input is kept as it was; the sample has been widened.
+    start_input = sample.input.to(sample.x.dtype)
+    start_sample = Sample(start_input, sample.feature_axis, sample.token_axis, sample.valid)
     origin = start_sample.positions()
     lengths, start_lengths = sample.lengths(), start_sample.lengths()
     if lengths is not None and start_lengths is not None:
