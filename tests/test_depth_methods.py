@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradscope
 from gradscope.errors import MeasureError
 from gradscope.experiment import depth_methods as table
 from gradscope.experiment.depth_methods import (
@@ -37,7 +39,7 @@ def rotating(a: float, blocks: int = 6, skip: float = 1.0) -> nn.Sequential:
     return nn.Sequential(*[Scaled(a, skip) for _ in range(blocks)]).double()
 
 
-def request(model: nn.Module, modules: str = "*.f") -> DepthRequest:
+def request(model: nn.Module, modules: str | None = "*.f") -> DepthRequest:
     x = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return DepthRequest(model=model, batch=x, loss=lambda m, b: m(b)[:, 0].sum(), modules=modules)
 
@@ -71,6 +73,48 @@ def test_propagation_follows_the_six_xi_rule(a: float, skip: float) -> None:
     assert found.most == 40
 
 
+def test_equal_branches_take_part_alike() -> None:
+    """e_i = a²/(1 + a²) for every branch of a rotating stack."""
+    a = 0.7
+    asked = request(rotating(a), modules="*.f")
+    with pytest.warns(gradscope.GradscopeWarning, match="a backward pass for each"):
+        found = depth_by("participation", asked)
+    assert found.evidence["contribution"] == pytest.approx(np.full(6, a * a / (1 + a * a)))
+    assert found.value == pytest.approx(6)
+    with pytest.warns(gradscope.GradscopeWarning, match="a backward pass for each"):
+        found = depth_by("depth_score", asked)
+    assert (found.value, found.most, found.unit) == (pytest.approx(3.5), 6, "blocks")
+
+
+def test_the_paths_of_a_rotating_stack_have_known_norms() -> None:
+    """Every path of k branches has ‖aᵏ Rᵏ g‖: the mean length is n·a/(1 + a)."""
+    a = 0.7
+    asked = request(rotating(a))
+    found = depth_by("veit", dataclasses.replace(asked, modules=None))
+    assert found.value == pytest.approx(6 * a / (1 + a), rel=1e-12)
+    assert found.evidence["mean_norm"] / found.evidence["mean_norm"][0] == pytest.approx(
+        [a**k for k in range(7)]
+    )
+    with pytest.raises(MeasureError, match="named branches"):
+        depth_by("veit", asked)
+    with pytest.raises(MeasureError, match="layers without a skip"):
+        depth_by("veit", dataclasses.replace(request(rotating(a, skip=0.0)), modules=None))
+
+
+def test_methods_are_asked_for_by_effective_depth() -> None:
+    asked = request(rotating(0.7))
+    found = gradscope.effective_depth(
+        asked.model, asked.batch, asked.loss, modules="*.f", method="gradient_energy"
+    )
+    assert str(found) == str(depth_by("gradient_energy", asked))
+    with pytest.raises(ValueError, match="is none of depth_score, gradient"):
+        gradscope.effective_depth(asked.model, asked.batch, asked.loss, method="deep")
+    with pytest.raises(ValueError, match="belong to"):
+        gradscope.effective_depth(
+            asked.model, asked.batch, asked.loss, method="propagation", branches=True
+        )
+
+
 def test_a_gradient_that_stays_propagates_through_all_blocks() -> None:
     found = depth_by("propagation", request(rotating(1.0, blocks=7, skip=0.0)))
     assert found.value == 7
@@ -89,7 +133,7 @@ def test_what_has_no_gradient_has_no_depth() -> None:
 
 
 def test_an_unknown_name_lists_all_names() -> None:
-    with pytest.raises(ValueError, match="gradient_energy, propagation") as caught:
+    with pytest.raises(ValueError, match="gradient_energy, participation, propagation") as caught:
         depth_by("depth", request(rotating(0.7)))
     assert all(name in str(caught.value) for name in depth_methods())
 

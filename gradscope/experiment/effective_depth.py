@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.errors import MeasureError
+from gradscope.experiment.branch_shares import BranchContributions
+from gradscope.experiment.contributions import branch_contributions
+from gradscope.experiment.depth_methods import DepthRequest, NamedDepth, depth_by
 from gradscope.experiment.paths import check_max_bytes, spectrum_of
 from gradscope.experiment.products import l2
 from gradscope.experiment.spectrum import PathSpectrum
@@ -58,6 +61,7 @@ class EffectiveDepth:
         checks: what was verified.
         status: ``ok``, or why there is no value.
         spectrum: the path spectrum behind D; None unless ``spectrum=True``.
+        contributions: what each branch adds to D; None unless ``branches=True``.
     """
 
     value: float
@@ -72,6 +76,7 @@ class EffectiveDepth:
     checks: Checks
     status: str = "ok"
     spectrum: PathSpectrum | None = field(default=None, repr=False)
+    contributions: BranchContributions | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         if self.status != "ok":
@@ -85,18 +90,54 @@ class EffectiveDepth:
         )
 
 
+@overload
 def effective_depth(
     model: nn.Module,
     batch: Any,
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
+    method: Literal["gradient"] = "gradient",
     trunk: str | None = None,
     modules: str | Sequence[str] | None = None,
+    branches: bool = False,
     spectrum: bool = False,
     max_bytes: int = DEFAULT_MAX_BYTES,
     batch_dim: int = 0,
     progress: bool = True,
-) -> EffectiveDepth:
+) -> EffectiveDepth: ...
+
+
+@overload
+def effective_depth(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    method: str,
+    trunk: str | None = None,
+    modules: str | Sequence[str] | None = None,
+    branches: bool = False,
+    spectrum: bool = False,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    batch_dim: int = 0,
+    progress: bool = True,
+) -> EffectiveDepth | NamedDepth: ...
+
+
+def effective_depth(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    method: str = "gradient",
+    trunk: str | None = None,
+    modules: str | Sequence[str] | None = None,
+    branches: bool = False,
+    spectrum: bool = False,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    batch_dim: int = 0,
+    progress: bool = True,
+) -> EffectiveDepth | NamedDepth:
     """Effective depth D of a model as it is.
 
     D = Σ_k k ⟨c_k, g⟩/‖g‖², in branches, with g the gradient at the trunk's input h_0 (the first
@@ -117,6 +158,10 @@ def effective_depth(
             things that are no tensors are passed on as they are.
         loss: ``loss(model, batch)`` → scalar tensor. It must call the model that it is given.
             None: ``model(**batch).loss``. It is also called on half of the samples.
+        method: ``gradient`` for D. Another name gives another depth of the literature, as a `NamedDepth`
+            with its unit, formula and citation: ``gradient_energy``, ``participation``, ``depth_score``,
+            ``propagation`` and ``veit``. Their values lie on no common scale. ``branches``, ``spectrum``
+            and ``max_bytes`` belong to ``gradient`` alone.
         trunk: which trunk, by name, where there are several, such as ``encoder.block`` and
             ``decoder.block``. None: the one at which one arrives first from the loss; the result says it.
         modules: names, or globs, of the modules whose outputs are added to the stream, such as
@@ -124,6 +169,10 @@ def effective_depth(
             skips, the layers. **You vouch for them**: a module whose output is something else (one that
             adds the skip itself, say) gives a number that means nothing. The blocks are then the numbered
             modules that hold them.
+        branches: whether to say what each branch adds to D as well: e_i = 1 − ⟨g, g_without_i⟩/‖g‖², with
+            nothing let back through branch i; Σ e_i = D is checked. One forward-mode pass more, about 3.5
+            times the cost of one forward and backward pass in all; where that is impossible, a backward
+            pass for each branch, and a warning says so. The whole batch is run at once.
         spectrum: whether to divide the gradient by path length as well (`gradscope.path_spectrum`), which
             gives κ and Σ|w_k|, and checks D by Σ_k k·w_k. It costs n + 1 further backward passes.
         max_bytes: as for `gradscope.path_spectrum`.
@@ -140,7 +189,7 @@ def effective_depth(
             active dropout, a loss that sees half of the samples as others); the stream is neither float32
             nor float64; or a check failed.
         LayerError: a pattern matches no module.
-        ValueError: ``max_bytes`` below 1.
+        ValueError: ``max_bytes`` below 1, or a method that there is not.
 
     >>> from gradscope import reference
     >>> model = reference.Transformer("no_skip", depth=3).double()
@@ -150,6 +199,13 @@ def effective_depth(
     effective depth 6 of 6 branches at the input of blocks.0
     """
     check_max_bytes(max_bytes)
+    if method != "gradient":
+        if branches or spectrum:
+            raise ValueError(f'branches= and spectrum= belong to method="gradient", not to {method!r}')
+        request = DepthRequest(
+            model=model, batch=batch, loss=loss, trunk=trunk, modules=modules, batch_dim=batch_dim
+        )
+        return depth_by(method, request)
     model = unwrapped(model)
     with undisturbed(model):
         samples = TrunkSamples(model, batch, loss, trunk=trunk, modules=modules, batch_dim=batch_dim)
@@ -185,6 +241,9 @@ def effective_depth(
             per_sample=_frozen(per_sample),
             checks=samples.checks,
         )
+        if branches:
+            shares = branch_contributions(**samples.whole(), progress=progress)
+            found = _with_contributions(found, shares)
         if not spectrum:
             return found
         behind = spectrum_of(
@@ -204,6 +263,16 @@ def _change(run: TrunkPass, seed: Tensor, arrived: Mapping[int, Tensor]) -> Tens
     if found is None:
         raise MeasureError("No gradient arrives at the trunk's input from its end.")
     return found
+
+
+def _with_contributions(found: EffectiveDepth, shares: BranchContributions) -> EffectiveDepth:
+    allowed = ROUNDING[torch.float32] * max(1.0, float(np.abs(shares.value).sum()))
+    if not abs(found.value - shares.total) <= allowed:
+        raise MeasureError(
+            f"D is {found.value:.6g} from the pair of gradients and {shares.total:.6g} from the branches "
+            "one by one: they cancel too much for the dtype. Write model.double()."
+        )
+    return replace(found, contributions=shares)
 
 
 def _with_spectrum(found: EffectiveDepth, behind: PathSpectrum, rounding: float) -> EffectiveDepth:

@@ -93,6 +93,7 @@ class StreamForward:
         trunks: the names of all trunks.
         trunk: the trunk that is read.
         positions: its stream positions, h_0 first.
+        between: whether the skips lie outside of the blocks: the stream is then what enters them.
         end: the values at one of the last of them, and its number.
         outputs: all modules that hold no block, by where their outputs stand in the graph; also the
             blocks, where the stream is what enters them.
@@ -158,7 +159,7 @@ class StreamForward:
         self.trunk = trunks[number]
         chosen = seen[number]
         self.positions: list[Position] = chosen.positions
-        self._between = chosen.between
+        self.between = chosen.between
         if chosen.between and chosen.constant:
             raise MeasureError(
                 f"The {self.position_name(0)} requires no gradient, and the skip around that block is "
@@ -182,7 +183,7 @@ class StreamForward:
         if position == 0:
             return f"input of {at.block}"
         often = sum(p.block == at.block for p in self.positions[1:]) > 1
-        what = "stream behind" if self._between else "output of"
+        what = "stream behind" if self.between else "output of"
         return f"{what} {at.block}" + (f", call {at.call + 1}" if often else "")
 
     def _enter(self, block: str, trunk: _TrunkCalls, first: bool = True) -> Callable[..., Any]:

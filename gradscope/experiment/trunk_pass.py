@@ -99,6 +99,11 @@ class TrunkPass:
         """The number of the last stream position, the trunk's end."""
         return len(self.forward.positions) - 1
 
+    @property
+    def operands(self) -> tuple[Operand | None, ...]:
+        """For each branch, the addition that takes it; None without a skip, and for named branches."""
+        return tuple(use.operand for use in self._uses)
+
     def prove(self) -> None:
         """Prove all skips that were found; named branches are the caller's word.
 

@@ -224,6 +224,16 @@ class TrunkSamples:
             part = self._part(start, min(start + size, self.samples))
             yield replace(part, number=number, parts=len(starts))
 
+    def whole(self) -> dict[str, Any]:
+        """The arguments of a `TrunkPass` of all samples."""
+        return {
+            "model": self._model,
+            "loss": self._loss,
+            "batch": part_of(self._batch, self._dim, 0, self.samples),
+            "trunk": self._trunk,
+            "named": self._named,
+        }
+
     def _part(self, start: int, stop: int) -> Part:
         run = self._run(start, stop)
         if run.branches != self.plain.branches:
