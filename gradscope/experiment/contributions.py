@@ -28,15 +28,13 @@ from gradscope.experiment.branch_shares import Branch, BranchContributions
 from gradscope.experiment.forward_mode import (
     AdditionNumbers,
     ForwardModeFailed,
-    attention_by_formula,
     forward_mode,
 )
 from gradscope.experiment.graph_nodes import Operand
-from gradscope.experiment.named_branches import NamedTrunk
 from gradscope.experiment.products import inner
 from gradscope.experiment.progress import counted
 from gradscope.experiment.trunk_pass import TrunkPass
-from gradscope.experiment.trunk_samples import ROUNDING, Gradients, gradients_of
+from gradscope.experiment.trunk_samples import ROUNDING, Gradients
 
 __all__ = ["branch_contributions"]
 
@@ -45,38 +43,32 @@ def branch_contributions(
     model: nn.Module,
     loss: Callable[[Any, Any], Tensor],
     batch: Any,
+    run: TrunkPass,
+    gradients: Gradients,
+    numbers: AdditionNumbers,
     *,
-    trunk: str | None = None,
-    named: NamedTrunk | None = None,
     progress: bool = True,
 ) -> BranchContributions:
-    """e_i of all branches of a model that may be run and hooked, and whose skips are proved.
+    """e_i of all branches.
 
     Args:
-        model: the model.
+        model: the model that ``run`` ran; it is run once more.
         loss: the loss.
-        batch: the batch.
-        trunk: the trunk by name; None for the one that the loss hangs on.
-        named: a trunk whose branches the caller names; None: they are found.
+        batch: the batch of ``run``.
+        run: a pass under `attention_by_formula`, its skips proved, with its graph.
+        gradients: its gradients.
+        numbers: its additions.
         progress: whether to say on a terminal how far one backward pass per branch has come.
-
-    Raises:
-        MeasureError: what `TrunkPass` refuses.
     """
-    with attention_by_formula():
-        numbers = AdditionNumbers()
-        with numbers:
-            run = TrunkPass(model, loss, batch, trunk=trunk, named=named)
-        gradients = gradients_of(run, None)
-        difference, algorithm = float("nan"), "forward mode"
-        try:
-            value, difference = _at_once(model, loss, batch, run, gradients, numbers)
-        except ForwardModeFailed as failed:
-            algorithm = "one backward pass per branch"
-            value = _one_by_one(run, gradients, str(failed), progress)
+    difference, algorithm = float("nan"), "forward mode"
+    try:
+        value, difference = _at_once(model, loss, batch, run, gradients, numbers)
+    except ForwardModeFailed as failed:
+        algorithm = "one backward pass per branch"
+        value = _one_by_one(run, gradients, str(failed), progress)
     value.flags.writeable = False
     return BranchContributions(
-        branches=_branches(run, named),
+        branches=_branches(run),
         value=value,
         reading_point=run.forward.position_name(0),
         algorithm=algorithm,
@@ -84,8 +76,8 @@ def branch_contributions(
     )
 
 
-def _branches(run: TrunkPass, named: NamedTrunk | None) -> tuple[Branch, ...]:
-    if named is not None:
+def _branches(run: TrunkPass) -> tuple[Branch, ...]:
+    if run.forward.named_calls:
         seen: dict[str, int] = {}
         found: list[Branch] = []
         for call in run.forward.named_calls:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
@@ -33,6 +34,7 @@ from gradscope.errors import MeasureError
 from gradscope.experiment.branch_shares import BranchContributions
 from gradscope.experiment.contributions import branch_contributions
 from gradscope.experiment.depth_methods import DepthRequest, NamedDepth, depth_by
+from gradscope.experiment.forward_mode import AdditionNumbers, attention_by_formula
 from gradscope.experiment.paths import check_max_bytes, spectrum_of
 from gradscope.experiment.products import l2
 from gradscope.experiment.spectrum import PathSpectrum
@@ -170,7 +172,7 @@ def effective_depth(
             adds the skip itself, say) gives a number that means nothing. The blocks are then the numbered
             modules that hold them.
         branches: whether to say what each branch adds to D as well: e_i = 1 − ⟨g, g_without_i⟩/‖g‖², with
-            nothing let back through branch i; Σ e_i = D is checked. One forward-mode pass more, about 3.5
+            nothing let back through branch i; Σ e_i = D is checked. One forward-mode pass more, about 3.2
             times the cost of one forward and backward pass in all; where that is impossible, a backward
             pass for each branch, and a warning says so. The whole batch is run at once.
         spectrum: whether to divide the gradient by path length as well (`gradscope.path_spectrum`), which
@@ -207,8 +209,11 @@ def effective_depth(
         )
         return depth_by(method, request)
     model = unwrapped(model)
-    with undisturbed(model):
-        samples = TrunkSamples(model, batch, loss, trunk=trunk, modules=modules, batch_dim=batch_dim)
+    numbers = AdditionNumbers() if branches else None
+    with undisturbed(model), attention_by_formula() if branches else nullcontext():
+        samples = TrunkSamples(
+            model, batch, loss, trunk=trunk, modules=modules, batch_dim=batch_dim, seen=numbers
+        )
         plain = samples.plain
         found = EffectiveDepth(
             value=math.nan,
@@ -222,6 +227,9 @@ def effective_depth(
         )
         if samples.status != "ok":
             return found
+        shares = None
+        if numbers is not None:
+            shares = branch_contributions(*samples.whole(), numbers, progress=progress)
         products: list[Tensor] = []
         squares: list[Tensor] = []
         largest = samples.gradients[0].abs().amax().double()
@@ -241,8 +249,7 @@ def effective_depth(
             per_sample=_frozen(per_sample),
             checks=samples.checks,
         )
-        if branches:
-            shares = branch_contributions(**samples.whole(), progress=progress)
+        if shares is not None:
             found = _with_contributions(found, shares)
         if not spectrum:
             return found

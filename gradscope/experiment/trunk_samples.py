@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -132,6 +133,7 @@ class TrunkSamples:
         trunk: the trunk by name, or None.
         modules: the modules that the caller names as branches, or None.
         batch_dim: the dimension of the batch's tensors along which the samples lie.
+        seen: a context of the forward pass of the whole batch.
 
     Attributes:
         plain: the pass of the whole batch.
@@ -154,6 +156,7 @@ class TrunkSamples:
         trunk: str | None = None,
         modules: str | Sequence[str] | None = None,
         batch_dim: int = 0,
+        seen: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._named = named_trunk(model, modules)
         refuse_coupled_samples(model)
@@ -162,7 +165,8 @@ class TrunkSamples:
         self._batch, self._dim = batch, batch_dim
         self._model = shared_copy(model)
         self._trunk = trunk
-        self.plain = self._run(0, self.samples)
+        with seen or nullcontext():
+            self.plain = self._run(0, self.samples)
         self.plain.prove()
         self._own = gradients_of(self.plain, None)
         self.gradients = self._own.stream
@@ -224,15 +228,10 @@ class TrunkSamples:
             part = self._part(start, min(start + size, self.samples))
             yield replace(part, number=number, parts=len(starts))
 
-    def whole(self) -> dict[str, Any]:
-        """The arguments of a `TrunkPass` of all samples."""
-        return {
-            "model": self._model,
-            "loss": self._loss,
-            "batch": part_of(self._batch, self._dim, 0, self.samples),
-            "trunk": self._trunk,
-            "named": self._named,
-        }
+    def whole(self) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any, TrunkPass, Gradients]:
+        """What the pass of all samples ran, the pass, and its gradients; `parts` may free its graph."""
+        batch = part_of(self._batch, self._dim, 0, self.samples)
+        return self._model, self._loss, batch, self.plain, self._own
 
     def _part(self, start: int, stop: int) -> Part:
         run = self._run(start, stop)

@@ -4,8 +4,8 @@
 
 GPT-2 with 12 layers of width 384, 4 sequences of 128 tokens, on one thread. The measurements take turns
 with the ordinary pass, so that a busy machine slows both; each ratio is that of one turn, and the median
-is printed. The bounds are 2.5 for D with its checks, 4 with the contributions of all branches, and K + 2 for
-the spectrum to length K.
+is printed. The bounds are 2.5 for D with its checks, 4 with the contributions of all branches, and
+K + 2 for the spectrum to length K.
 """
 
 from __future__ import annotations
