@@ -41,6 +41,7 @@ Ask how much of the depth the gradient really sees::
 
     gradscope.effective_depth(model, batch, loss)
     gradscope.path_spectrum(model, batch, loss)    # how much of it came along paths of which length
+    gradscope.counterfactual(model, batch, loss)   # what if this skip, or this branch, were cut
 
 Ask whether any of it can be trusted on your model and machine::
 
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from gradscope.errors import GradscopeError as GradscopeError
     from gradscope.errors import GradscopeWarning as GradscopeWarning
     from gradscope.experiment.architecture import architecture as architecture
+    from gradscope.experiment.counterfactual import counterfactual as counterfactual
     from gradscope.experiment.doctor import doctor as doctor
     from gradscope.experiment.effective_depth import effective_depth as effective_depth
     from gradscope.experiment.measure import measure as measure
@@ -89,6 +91,7 @@ __all__ = [
     "Record",
     "Scope",
     "architecture",
+    "counterfactual",
     "depth_limit",
     "diagnose",
     "doctor",
@@ -114,6 +117,7 @@ _HOME: Final = {
     "Record": "gradscope.record:Record",
     "Scope": "gradscope.scope:Scope",
     "architecture": "gradscope.experiment.architecture:architecture",
+    "counterfactual": "gradscope.experiment.counterfactual:counterfactual",
     "depth_limit": "gradscope.analysis:depth_limit",
     "diagnose": "gradscope.analysis:diagnose",
     "doctor": "gradscope.experiment.doctor:doctor",

@@ -19,12 +19,23 @@ from gradscope.record import Record
 from gradscope.show import style
 from gradscope.show.decay import decay
 from gradscope.show.heatmap import heatmap
+from gradscope.show.paths import contributions, counterfactual, path_lengths
 from gradscope.show.style import Band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["against_depth", "decay", "depth", "heatmap", "loss_curves", "ratio_against_depth"]
+__all__ = [
+    "against_depth",
+    "contributions",
+    "counterfactual",
+    "decay",
+    "depth",
+    "heatmap",
+    "loss_curves",
+    "path_lengths",
+    "ratio_against_depth",
+]
 
 Floats = npt.NDArray[np.float64]
 
