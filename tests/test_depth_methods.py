@@ -107,7 +107,7 @@ def test_methods_are_asked_for_by_effective_depth() -> None:
         asked.model, asked.batch, asked.loss, modules="*.f", method="gradient_energy"
     )
     assert str(found) == str(depth_by("gradient_energy", asked))
-    with pytest.raises(ValueError, match="is none of depth_score, gradient"):
+    with pytest.raises(ValueError, match="is none of angular, block_influence"):
         gradscope.effective_depth(asked.model, asked.batch, asked.loss, method="deep")
     with pytest.raises(ValueError, match="belong to"):
         gradscope.effective_depth(
@@ -133,7 +133,9 @@ def test_what_has_no_gradient_has_no_depth() -> None:
 
 
 def test_an_unknown_name_lists_all_names() -> None:
-    with pytest.raises(ValueError, match="gradient_energy, participation, propagation") as caught:
+    with pytest.raises(
+        ValueError, match="gradient_energy, lens_kl, lens_overlap, participation"
+    ) as caught:
         depth_by("depth", request(rotating(0.7)))
     assert all(name in str(caught.value) for name in depth_methods())
 

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: The files whose decorated functions are the methods.
-HOMES: Final = ("gradscope.experiment.gradient_depths",)
+HOMES: Final = ("gradscope.experiment.gradient_depths", "gradscope.experiment.layer_depths")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

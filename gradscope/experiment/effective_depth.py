@@ -162,8 +162,9 @@ def effective_depth(
             None: ``model(**batch).loss``. It is also called on half of the samples.
         method: ``gradient`` for D. Another name gives another depth of the literature, as a `NamedDepth`
             with its unit, formula and citation: ``gradient_energy``, ``participation``, ``depth_score``,
-            ``propagation`` and ``veit``. Their values lie on no common scale. ``branches``, ``spectrum``
-            and ``max_bytes`` belong to ``gradient`` alone.
+            ``propagation``, ``veit``; and, from activations alone, ``lens_kl``, ``lens_overlap``,
+            ``residual_cosine``, ``block_influence`` and ``angular``. Their values lie on no common scale.
+            ``branches``, ``spectrum`` and ``max_bytes`` belong to ``gradient`` alone.
         trunk: which trunk, by name, where there are several, such as ``encoder.block`` and
             ``decoder.block``. None: the one at which one arrives first from the loss; the result says it.
         modules: names, or globs, of the modules whose outputs are added to the stream, such as

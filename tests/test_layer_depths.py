@@ -1,0 +1,172 @@
+"""Depths by activations and by the logit lens, against loops written out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradscope
+from gradscope.errors import MeasureError
+from gradscope.experiment.depth_methods import DepthRequest, depth_by
+
+
+class Turn(nn.Module):
+    """Turns the first two features by an angle, and leaves the rest."""
+
+    def __init__(self, angle: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4, dtype=torch.float64))
+        self.angle = angle
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        turn = torch.eye(4, dtype=torch.float64)
+        turn[:2, :2] = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+        return x @ turn.T @ self.weight
+
+
+class Turning(nn.Module):
+    def __init__(self, angles: list[float], head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Turn(a) for a in angles)
+        self.head = head or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+X = torch.tensor([[[1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]]], dtype=torch.float64)
+
+
+def summed(model: Any, batch: Tensor) -> Tensor:
+    return model(batch).sum()
+
+
+def read(model: nn.Module, name: str, batch: Any = X, loss: Any = summed) -> Any:
+    return depth_by(name, DepthRequest(model=model, batch=batch, loss=loss))
+
+
+def test_block_influence_and_angles_of_known_turns() -> None:
+    angles = [0.3, 0.1, 0.0, 1.2]
+    found = read(Turning(angles), "block_influence")
+    expected = [1 - math.cos(a) for a in angles]
+    assert found.evidence["block_influence"] == pytest.approx(expected, abs=1e-15)
+    p = np.array(expected)[[0, 1, 3]] / sum(expected)
+    assert found.value == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    found = read(Turning(angles), "angular")
+    assert found.evidence["angular_distance"] == pytest.approx(np.array(angles) / math.pi, abs=1e-15)
+    assert (found.most, found.unit) == (4, "blocks")
+    assert read(Turning([0.4] * 5), "angular").value == pytest.approx(5)
+    still = read(Turning([0.0] * 3), "block_influence")
+    assert math.isnan(still.value) and still.status == "no block turns the stream"
+
+
+def test_the_lens_of_known_logits() -> None:
+    """The head is a constant times the stream, so that the lens on h_l is softmax(9·h_l)."""
+    head = nn.Linear(4, 4, bias=False)
+    head.weight.data = 9 * torch.eye(4, dtype=torch.float64)
+    quarter = math.pi / 2
+    # From feature 0 to 1 to (−0) and back to 1 at the end: the lens crosses twice.
+    model = Turning([quarter, quarter, -quarter, 0.0], head)
+    batch = X[:, :1]
+    found = read(model, "lens_kl", batch)
+    stream = [X[:, :1]]
+    with torch.no_grad():
+        for block in model.blocks:
+            stream.append(block(stream[-1]))
+    final = (9 * stream[-1]).log_softmax(-1)
+    kl = [
+        float(((9 * h).softmax(-1) * ((9 * h).log_softmax(-1) - final)).sum(-1).mean())
+        for h in stream[:-1]
+    ]
+    assert found.evidence["kl"] == pytest.approx(kl, abs=1e-12)
+    assert kl[1] == pytest.approx(0, abs=1e-12) and kl[2] > kl[0] / 2
+    assert found.value == 2  # the first crossing
+    assert found.evidence["last_crossing"].tolist() == [4.0]
+    assert found.most == 4
+
+
+def test_on_gpt2_it_is_the_final_norm_and_the_head() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=4, n_embd=16, n_head=2, vocab_size=30, n_positions=16, initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(30, (2, 7))
+    batch = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        output = model(input_ids=ids, output_hidden_states=True)
+        final = output.logits.log_softmax(-1)
+        kl, overlap = [], []
+        for h in output.hidden_states[:-1]:
+            logits = model.lm_head(model.transformer.ln_f(h))
+            found = logits.log_softmax(-1)
+            kl.append(float((found.exp() * (found - final)).sum(-1).mean()))
+            same = [
+                len(set(a.tolist()) & set(b.tolist())) / 5
+                for a, b in zip(
+                    logits.topk(5, -1).indices.flatten(0, 1),
+                    output.logits.topk(5, -1).indices.flatten(0, 1),
+                    strict=True,
+                )
+            ]
+            overlap.append(sum(same) / len(same))
+    lens = gradscope.effective_depth(model, batch, method="lens_kl")
+    assert lens.evidence["kl"] == pytest.approx(kl, rel=1e-10)
+    assert lens.value == 1 + next(i for i, k in enumerate(kl) if k < max(kl) / 2)
+    lens = gradscope.effective_depth(model, batch, method="lens_overlap")
+    assert lens.evidence["overlap"] == pytest.approx(overlap)
+
+
+def test_the_residual_cosine_of_gpt2() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(
+        n_layer=6, n_embd=16, n_head=2, vocab_size=30, n_positions=16, initializer_range=0.4
+    )
+    model = GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(30, (2, 7))
+    cosine = torch.nn.functional.cosine_similarity
+    means = []
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+        h = hidden[0]
+        for block in model.transformer.h:
+            attention = block.attn(block.ln_1(h))[0]
+            mlp = block.mlp(block.ln_2(h + attention))
+            parts = [(attention, h), (mlp, h + attention), (attention + mlp, h)]
+            means.append(sum(float(cosine(f, x, -1).mean()) for f, x in parts) / 3)
+            h = h + attention + mlp
+    found = gradscope.effective_depth(model, {"input_ids": ids, "labels": ids}, method="residual_cosine")
+    assert found.evidence["cosine"] == pytest.approx(means, rel=1e-9)
+    turns = [i for i in range(1, 6) if means[i - 1] < 0 <= means[i]]
+    if turns:
+        assert found.value == turns[-1] + 1
+    else:
+        assert math.isnan(found.value) and "never goes" in found.status
+
+
+def test_what_cannot_be_had_is_refused() -> None:
+    class Other(Turning):
+        def forward(self, x: Tensor) -> Any:
+            return {"something": super().forward(x)}
+
+    with pytest.raises(MeasureError, match="without logits"):
+        read(Other([0.1, 0.2]), "lens_kl", loss=lambda m, b: m(b)["something"].sum())
+    with pytest.raises(MeasureError, match="not what is added"):
+        read(Turning([0.1, 0.2]), "residual_cosine")
+    widths = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 5)).double()
+    with pytest.raises(MeasureError, match="changes its width"):
+        read(widths, "block_influence")
+    with pytest.raises(MeasureError, match="none of the trunks"):
+        depth_by("angular", DepthRequest(model=Turning([0.1] * 2), batch=X, loss=summed, trunk="h"))
