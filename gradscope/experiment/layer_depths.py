@@ -25,6 +25,8 @@ from gradscope.experiment.depth_methods import DepthReading, DepthRequest, depth
 from gradscope.experiment.untouched import shared_copy, undisturbed, unwrapped
 from gradscope.layers import Trunk, find_trunks, named_layers
 
+__all__ = ["StreamRun", "logits_of", "run_stream"]
+
 _CSORDAS: Final = "Csordás et al. 2025, arXiv:2505.13898"
 #: Of how many of the most probable outputs the overlap is taken.
 _TOP: Final = 5
@@ -99,7 +101,7 @@ def residual_cosine(request: DepthRequest) -> DepthReading:
 
     Evidence: ``cosine``, the mean of every block.
     """
-    run = _run(request)
+    run = run_stream(request)
     means: list[float] = []
     for number, (before, after) in enumerate(_pairs(run.stream)):
         h, found = before, [float(_cosine(after - before, before).mean())]
@@ -124,7 +126,7 @@ def residual_cosine(request: DepthRequest) -> DepthReading:
     )
 
 
-def _not_added(run: _Run, number: int) -> str:
+def _not_added(run: StreamRun, number: int) -> str:
     return (
         f"The outputs of the branches of {run.blocks[number]} are not what is added to the stream there, "
         "as residual_cosine needs it: h + attention + MLP."
@@ -135,7 +137,7 @@ def _not_added(run: _Run, number: int) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class _Run:
+class StreamRun:
     """What a forward pass showed: the stream, [P] tensors, and each block call's branch outputs."""
 
     model: nn.Module
@@ -147,7 +149,7 @@ class _Run:
     output: Any = None
 
 
-def _run(request: DepthRequest) -> _Run:
+def run_stream(request: DepthRequest) -> StreamRun:
     """Run a copy of the model without gradients."""
     model = unwrapped(request.model)
     twin = shared_copy(model)
@@ -161,7 +163,7 @@ def _run(request: DepthRequest) -> _Run:
     loss = loss_or_own(request.loss, request.batch)
     samples = sample_count(request.batch, request.batch_dim)
     batch = part_of(request.batch, request.batch_dim, 0, samples)
-    run = _Run(twin, lambda: loss(twin, batch), trunk)
+    run = StreamRun(twin, lambda: loss(twin, batch), trunk)
     modules = named_layers(twin)
     with undisturbed(twin), torch.no_grad(), ExitStack() as stack:
 
@@ -201,28 +203,28 @@ def _run(request: DepthRequest) -> _Run:
 
 
 def _stream(request: DepthRequest) -> tuple[list[Tensor], str]:
-    run = _run(request)
+    run = run_stream(request)
     return run.stream, f"blocks of {run.trunk.name}"
 
 
 def _lens(request: DepthRequest) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], str]:
     """KL(p_l‖p) in nats and the overlap of the most probable outputs, [L] each, means over positions."""
-    run = _run(request)
-    final = _logits(run.output).log_softmax(-1)
+    run = run_stream(request)
+    final = logits_of(run.output).log_softmax(-1)
     last = named_layers(run.model)[run.blocks[-1]]
     top = min(_TOP, final.shape[-1])
     best = final.topk(top, -1).indices
     kl: list[float] = []
     overlap: list[float] = []
     for h in run.stream[:-1]:
-        found = _logits(_with_last(run, last, h)).log_softmax(-1)
+        found = logits_of(_with_last(run, last, h)).log_softmax(-1)
         kl.append(float((found.exp() * (found - final)).sum(-1).mean()))
         common = (found.topk(top, -1).indices[..., :, None] == best[..., None, :]).any(-1)
         overlap.append(float(common.double().mean()))
     return np.asarray(kl), np.asarray(overlap), f"blocks of {run.trunk.name}"
 
 
-def _with_last(run: _Run, last: nn.Module, h: Tensor) -> Any:
+def _with_last(run: StreamRun, last: nn.Module, h: Tensor) -> Any:
     """The model's output with this at the end of its trunk."""
     calls = 0
     of_last = run.blocks.count(run.blocks[-1])
@@ -250,7 +252,12 @@ def _with_last(run: _Run, last: nn.Module, h: Tensor) -> Any:
     return output[-1]
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits [..., classes] that a model returned, float64.
+
+    Raises:
+        MeasureError: it returned none.
+    """
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.dim() < 2:
         raise MeasureError(

@@ -1,0 +1,116 @@
+"""Effects of skipped blocks against loops written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradscope.errors import MeasureError
+from gradscope.experiment.skip_effects import skip_effects
+
+
+class Block(nn.Module):
+    """x + a causal mean of tanh(xW)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ self.weight)
+        return x + y.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(5, 7).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+X = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def loss(model: Any, batch: Tensor) -> Tensor:
+    return model(batch).sum()
+
+
+def by_hand(net: Net, s: int | None, until: int | None = None) -> tuple[list[Tensor], Tensor]:
+    with torch.no_grad():
+        h, added = X, []
+        for number, block in enumerate(net.blocks):
+            new = block(h)
+            if number == s:
+                new = h if until is None else torch.cat((h[:, :until], new[:, until:]), 1)
+            added.append(new - h)
+            h = new
+        return added, net.head(h).softmax(-1)
+
+
+@pytest.mark.parametrize("until", [None, 2])
+def test_effects_are_those_of_the_loop(until: int | None) -> None:
+    net = Net()
+    found = skip_effects(net, X, loss, positions=() if until is None else (until,))
+    effect = found.effect if until is None else found.future
+    output = found.output if until is None else found.future_output
+    assert effect is not None and output is not None
+    plain, p = by_hand(net, None)
+    start = until or 0
+    for s in range(4):
+        added, q = by_hand(net, s, until)
+        assert np.isnan(effect[s, : s + 1]).all()
+        for number in range(s + 1, 4):
+            change = (plain[number] - added[number]).norm(dim=-1) / plain[number].norm(dim=-1)
+            assert effect[s, number] == pytest.approx(float(change[:, start:].max()), rel=1e-12)
+        assert output[s] == pytest.approx(float((p - q).norm(dim=-1)[:, start:].max()), rel=1e-12)
+    assert found.blocks == tuple(f"blocks.{i}" for i in range(4))
+    assert "blocks.3" in str(found)
+
+
+def test_of_several_positions_the_largest_counts() -> None:
+    net = Net()
+    each = [skip_effects(net, X, loss, positions=(t,)).future for t in (1, 3)]
+    both = skip_effects(net, X, loss, positions=(1, 3)).future
+    assert both is not None and each[0] is not None and each[1] is not None
+    np.testing.assert_allclose(both, np.fmax(each[0], each[1]))
+
+
+def test_the_last_block_of_gpt2_by_its_own_head() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=30, initializer_range=0.3)
+    model = GPT2LMHeadModel(config).double().eval()
+    ids = torch.randint(30, (2, 7))
+    found = skip_effects(model, {"input_ids": ids, "labels": ids})
+    with torch.no_grad():
+        plain = model(input_ids=ids, output_hidden_states=True)
+        before = plain.hidden_states[2]
+        cut = model.lm_head(model.transformer.ln_f(before)).softmax(-1)
+    expected = float((plain.logits.softmax(-1) - cut).norm(dim=-1).max())
+    assert found.output[2] == pytest.approx(expected, rel=1e-10)
+
+
+def test_what_cannot_be_had_is_said() -> None:
+    class NoLogits(Net):
+        def forward(self, x: Tensor) -> Any:
+            return {"something": super().forward(x)}
+
+    found = skip_effects(NoLogits(), X, lambda m, b: m(b)["something"].sum())
+    assert np.isnan(found.output).all() and "without logits" in found.output_status
+    assert np.isfinite(found.effect[0, 1:]).all()
+    with pytest.raises(MeasureError, match="from 1 to 5"):
+        skip_effects(Net(), X, loss, positions=(6,))
+    widths = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4), nn.Linear(4, 4)).double()
+    with pytest.raises(MeasureError, match="changes its width"):
+        skip_effects(widths, X, loss)
