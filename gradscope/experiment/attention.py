@@ -2,7 +2,7 @@
 
 Fused kernels never form the weights; asking for another kernel would measure another computation. So the
 weights are read where the model forms them itself: a transformers model with
-``attn_implementation="eager"``, or an ``nn.MultiheadAttention`` that is called with ``need_weights=True``.
+``attn_implementation="eager"``, or an ``nn.MultiheadAttention`` called with ``need_weights=True``.
 """
 
 from __future__ import annotations
