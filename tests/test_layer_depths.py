@@ -170,3 +170,26 @@ def test_what_cannot_be_had_is_refused() -> None:
         read(widths, "block_influence")
     with pytest.raises(MeasureError, match="none of the trunks"):
         depth_by("angular", DepthRequest(model=Turning([0.1] * 2), batch=X, loss=summed, trunk="h"))
+
+
+@pytest.mark.parametrize(
+    "method", ["lens_kl", "lens_overlap", "block_influence", "angular", "residual_cosine"]
+)
+def test_in_float32_it_is_the_same_to_its_digits(method: str) -> None:
+    from hub_models import build
+
+    model, batch = build("llama", seed=3)
+    exact = gradscope.effective_depth(model.eval().double(), batch, method=method)
+    narrow = gradscope.effective_depth(model.float(), batch, method=method)
+    assert narrow.status == exact.status
+    assert narrow.value == pytest.approx(exact.value, rel=1e-4, nan_ok=True)
+    for name, values in exact.evidence.items():
+        assert narrow.evidence[name] == pytest.approx(values, rel=1e-3, abs=1e-6)
+
+
+def test_a_post_norm_block_adds_something_else_than_its_branches() -> None:
+    from hub_models import build
+
+    model, batch = build("bert")
+    with pytest.raises(MeasureError, match="not what is added"):
+        gradscope.effective_depth(model.eval(), batch, method="residual_cosine")

@@ -105,7 +105,7 @@ def residual_cosine(request: DepthRequest) -> DepthReading:
     means: list[float] = []
     for number, (before, after) in enumerate(_pairs(run.stream)):
         h, found = before, [float(_cosine(after - before, before).mean())]
-        for branch in run.branches.get(number, []):
+        for branch in (b.double() for b in run.branches.get(number, [])):
             if branch.shape != h.shape:
                 raise MeasureError(_not_added(run, number))
             found.append(float(_cosine(branch, h).mean()))
