@@ -72,3 +72,27 @@ def test_even_attention_is_one_and_a_single_key_zero() -> None:
     assert np.isnan(sharp.entropy[0]).all()
     between = attention_entropy(Looking(60.0), x, lambda m, b: m(b).sum())
     assert 0 <= between.entropy[0][0] < 1e-6
+
+
+def test_t5_has_the_weights_of_all_its_attentions_and_mamba_has_none() -> None:
+    from hub_models import build
+
+    model, batch = build("t5")
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    found = attention_entropy(model.eval(), batch)
+    with torch.no_grad():
+        output = model(**batch, output_attentions=True)
+    # Encoder, then for each decoder block its own and the encoder's.
+    decoder = [
+        a for pair in zip(output.decoder_attentions, output.cross_attentions, strict=True) for a in pair
+    ]
+    weights = [*output.encoder_attentions, *decoder]
+    assert len(found.layers) == len(weights) == 6
+    for values, a in zip(found.entropy, weights, strict=True):
+        visible = (a > 0).sum(-1)
+        entropy = -torch.special.xlogy(a, a).sum(-1) / visible.clamp(min=2).log()
+        heads = torch.where(visible >= 2, entropy, math.nan).transpose(0, 1).flatten(1).nanmean(-1)
+        assert values == pytest.approx(heads.numpy(), rel=1e-4)
+    model, batch = build("mamba")
+    with pytest.raises(MeasureError, match="none that forms them"):
+        attention_entropy(model.eval(), batch)

@@ -114,8 +114,9 @@ def _weights(output: Any) -> Tensor | None:
     for item in output[1:]:
         if isinstance(item, Tensor) and item.is_floating_point() and item.dim() in (3, 4):
             sums = item.double().sum(-1)
-            # A row that sees no key at all is zeros, or even by convention.
-            if bool((((sums - 1).abs() < 1e-2) | (sums == 0)).all()) and bool((item >= 0).all()):
+            one = (sums - 1).abs() < 1e-2
+            # A row that sees no key at all is zeros; nothing but such rows is no attention.
+            if bool((one | (sums == 0)).all() and one.any() and (item >= 0).all()):
                 return item
     return None
 
@@ -135,6 +136,8 @@ def _entropy(weights: Tensor) -> tuple[Array, Array]:
 def _none_came(model: nn.Module) -> str:
     said = "No attention of the model returned its weights: a fused kernel does not form them. "
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if implementation == "eager":
+        return f"No attention of {type(model).__name__} returned weights: it has none that forms them."
     if implementation is not None:
         return said + (
             f'It runs attn_implementation="{implementation}". Write '
