@@ -739,3 +739,15 @@ def test_in_parts_it_is_the_same(variant: str) -> None:
         np.testing.assert_allclose(found.per_sample, whole.per_sample, rtol=1e-11)
     with pytest.raises(ValueError, match="max_bytes=0"):
         effective_depth(model, batch, next_token_loss, max_bytes=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layers", [3, 7, 24])
+def test_a_chain_has_exactly_its_number_of_layers(layers: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(layers)
+    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))).to(dtype)
+    x = torch.randn(4, 8, dtype=dtype)
+    depth = effective_depth(net, x, lambda m, b: m(b).square().sum(), branches=True)
+    assert depth.value == layers
+    assert depth.per_sample.tolist() == [layers] * 4
+    assert depth.contributions is not None and depth.contributions.total == layers

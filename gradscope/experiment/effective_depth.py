@@ -231,6 +231,7 @@ def effective_depth(
         shares = None
         if numbers is not None:
             shares = branch_contributions(*samples.whole(), numbers, progress=progress)
+        chain = bool(plain.located) and not any(item.skips for item in plain.located)
         products: list[Tensor] = []
         squares: list[Tensor] = []
         largest = samples.gradients[0].abs().amax().double()
@@ -244,9 +245,14 @@ def effective_depth(
         product, square = torch.cat(products).cpu().numpy(), torch.cat(squares).cpu().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             per_sample = np.where(square > 0, product / square, math.nan)
+        value = float(product.sum() / square.sum())
+        if chain and abs(value - len(plain.branches)) <= ROUNDING[samples.gradients[0].dtype] * value:
+            # No path gets past a layer: what differs from n is rounding.
+            value = float(len(plain.branches))
+            per_sample = np.where(square > 0, value, math.nan)
         found = replace(
             found,
-            value=float(product.sum() / square.sum()),
+            value=value,
             per_sample=_frozen(per_sample),
             checks=samples.checks,
         )
