@@ -42,6 +42,8 @@ __all__ = ["Counterfactual", "Cut", "counterfactual"]
 
 Array = npt.NDArray[np.float64]
 _HIDDEN: Final = "the addition is in place, or inside of a function of torch"
+_NOT_MET: Final = "the addition was not met again in the pass with the cut"
+_SAME: Final = 1e-5  # two runs of one model differ by rounding, on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +106,13 @@ class Counterfactual:
         lines = [
             f"gradient at the {self.reading_point}: {kept[0]:.3g}, and {left[0]:.3g} without skips "
             f"({ratio:.2g} of it); from the end of {self.trunk} ({kept[-1]:.3g}) the same weights",
-            f"{'cut':<44} {'backward: ×':>12} {'cosine':>8} {'forward: loss':>14} {'gradient ×':>11}",
+            f"{'cut, [sublayer]':<44} {'backward: ×':>12} {'cosine':>8} "
+            f"{'forward: loss':>14} {'gradient ×':>11}",
         ]
         for cut in self.cuts:
             call = f", call {cut.call + 1}" if cut.call else ""
-            name = f"{cut.block}{call} {cut.what} {cut.module.removeprefix(f'{cut.block}.')}".rstrip()
+            module = cut.module.removeprefix(f"{cut.block}.")
+            name = f"{cut.block}{call} [{cut.sublayer}] {cut.what} {module}".rstrip()
             forward = (
                 f"{cut.loss_change:>+14.4g} {cut.forward_ratio:>11.4g}"
                 if cut.status == "ok"
@@ -157,10 +161,10 @@ def counterfactual(
     loss = loss_or_own(loss, batch)
     with undisturbed(model):
         twin = shared_copy(model)
-        numbers = AdditionNumbers()
+        numbers = _Numbers()
         with numbers:
             run = TrunkPass(twin, loss, batch, trunk=trunk)
-        run.prove()
+        run.prove(may_name=False)
         kept: dict[int, Tensor] = {}
         norms = _profile(run, kept)
         g = kept[0]
@@ -240,6 +244,25 @@ def _all_but(number: int) -> Callable[[int, Tensor], Tensor | None]:
     return lambda other, gradient: None if other == number else gradient
 
 
+class _Numbers(AdditionNumbers):
+    """The additions of the first pass, by number, with the sizes of their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[float, float]] = {}
+
+    def _note(self, addition: Addition, result: Any) -> None:
+        super()._note(addition, result)
+        if isinstance(result, Tensor) and result.grad_fn is not None and not addition.in_place:
+            self.sizes[addition.number] = _sizes(addition)
+
+
+def _sizes(addition: Addition) -> tuple[float, float]:
+    """‖·‖ of both operands; in front of a cut nothing has changed, so that they tell additions apart."""
+    first, second = (l2(o.detach()) if isinstance(o, Tensor) else float(o) for o in addition.operands)
+    return first, second
+
+
 @dataclass(frozen=True, slots=True)
 class _Again:
     """How the model is run once more, and how many additions it then has."""
@@ -252,7 +275,7 @@ class _Again:
 
 
 def _forward(
-    again: _Again, numbers: AdditionNumbers, operand: Operand | None, value: float, size: float
+    again: _Again, numbers: _Numbers, operand: Operand | None, value: float, size: float
 ) -> dict[str, Any]:
     """Loss and gradient of the model with one operand of one addition replaced by zeros."""
     if operand is None:
@@ -269,6 +292,9 @@ def _forward(
             return None
         if addition.in_place:
             trouble.append(_HIDDEN)
+            return None
+        if not np.allclose(_sizes(addition), numbers.sizes[number], rtol=_SAME, atol=0.0):
+            trouble.append(_NOT_MET)
             return None
         operands = list(addition.operands)
         operands[place] = torch.zeros_like(operands[place])
@@ -287,12 +313,13 @@ def _forward(
     if trouble:
         return {"status": trouble[0]}
     if hit != [True] or additions.count != again.additions:
-        return {"status": "the addition was not met again in the pass with the cut"}
+        return {"status": _NOT_MET}
     edge = run.positions[0].edge
     found = None
     if edge is not None and run.value.requires_grad:
         (found,) = torch.autograd.grad(run.value, [GradientEdge(*edge)], allow_unused=True)
-    return {
-        "loss_change": float(run.value.detach()) - value,
-        "forward_ratio": 0.0 if found is None else l2(found) / size,
-    }
+    change = float(run.value.detach()) - value
+    ratio = 0.0 if found is None else l2(found) / size
+    if not (math.isfinite(change) and math.isfinite(ratio)):
+        return {"status": "the loss or the gradient with the cut is not finite"}
+    return {"loss_change": change, "forward_ratio": ratio}

@@ -104,8 +104,11 @@ class TrunkPass:
         """For each branch, the addition that takes it; None without a skip, and for named branches."""
         return tuple(use.operand for use in self._uses)
 
-    def prove(self) -> None:
+    def prove(self, *, may_name: bool = True) -> None:
         """Prove all skips that were found; named branches are the caller's word.
+
+        Args:
+            may_name: whether the caller takes ``modules=``, which a refusal then advises.
 
         Raises:
             MeasureError: one cannot be proved, with the reason.
@@ -115,11 +118,14 @@ class TrunkPass:
         for item in self.located:
             sublayer = item.sublayer
             if sublayer.status != "ok":
+                advice = (
+                    " If you know which modules' outputs are added to the stream, name them: "
+                    'modules=["blocks.*.attention", "blocks.*.mlp"]'
+                )
                 raise MeasureError(
                     f"It is not known what is a residual branch in {sublayer.block}, sublayer "
                     f"{sublayer.index}: {sublayer.proof}. print(gradscope.architecture(model, batch)) "
-                    "says more. If you know which modules' outputs are added to the stream, name them: "
-                    'modules=["blocks.*.attention", "blocks.*.mlp"]'
+                    f"says more.{advice if may_name else ''}"
                 )
 
     def let_go(self) -> None:
