@@ -51,7 +51,8 @@ def watch(
     an optimizer of ``torch.optim`` has stepped (several backward passes before it are gradient
     accumulation and are pooled into one batch), or where ``scope.step()`` says so. Forwards under
     ``no_grad`` are not recorded. Parameter gradients are read at the end of the backward pass,
-    before clipping.
+    before clipping. A model may change in between: before each recorded step, layers that were replaced
+    or added are found by name.
 
     ::
 

@@ -311,8 +311,14 @@ class Assembler:
     def _parameter_values(self, readings: Readings) -> tuple[np.ndarray, np.ndarray]:
         """Values and statuses ("" for ok) of the parameter rows."""
         tensors = [entry.tensor() for entry in self.parameters.entries]
-        frozen = np.array([t is not None and not t.requires_grad for t in tensors], dtype=bool)
-        elements = np.array([math.nan if t is None else t.numel() for t in tensors], dtype=float)
+        if readings.gradient:
+            # As they were then: the next forward finds other parameters where the model was changed.
+            reasons = map(readings.absent.get, range(len(tensors)))
+            frozen = np.array([reason == "frozen" for reason in reasons], dtype=bool)
+            elements = np.asarray(readings.gradient["count"], dtype=float)
+        else:
+            frozen = np.array([t is not None and not t.requires_grad for t in tensors], dtype=bool)
+            elements = np.array([math.nan if t is None else t.numel() for t in tensors], dtype=float)
         values = np.full(len(self._parameter_rows), np.nan)
         why = np.full(len(self._parameter_rows), "", dtype=object)
         scale = 1.0 if readings.scale is None else float(readings.scale)

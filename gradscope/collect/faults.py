@@ -19,11 +19,12 @@ class Faults:
     """What went wrong inside gradscope.
 
     Attributes:
+        layers: the watched layers.
         counts: how often, by place and error.
     """
 
     def __init__(self, layers: Sequence[Layer], voice: Voice) -> None:
-        self._layers = layers
+        self.layers = layers
         self._voice = voice
         self.counts: Counter[str] = Counter()
 
@@ -38,7 +39,7 @@ class Faults:
             slot: the sample that misses a value for it.
             during: without a slot, the pass in which values are missing for it.
         """
-        where = self._layers[site].name if site >= 0 else "the model"
+        where = self.layers[site].name if site >= 0 else "the model"
         kind = f"{type(error).__name__}: {error}"
         self.counts[f"{where}: {kind}"] += 1
         reason = f"error: {kind}"[:200]

@@ -31,7 +31,7 @@ class Findings:
     """
 
     def __init__(self, layers: Sequence[Layer], voice: Voice | None) -> None:
-        self._layers = layers
+        self.layers = layers
         self._voice = voice
         self._history: dict[tuple[str, str, int], int] = {}
         self._known: tuple[Rows, dict[str, dict[str, list[int]]]] | None = None
@@ -46,7 +46,7 @@ class Findings:
 
         def order(signal: str) -> list[tuple[str, str, int]]:
             calls = [c for c in seen.in_order_of_arrival(signal) if c.site >= 0]
-            return [(self._layers[c.site].name, self._layers[c.site].type, c.index) for c in calls]
+            return [(self.layers[c.site].name, self.layers[c.site].type, c.index) for c in calls]
 
         finding = self.of(step, order)
         if finding is None:

@@ -11,8 +11,8 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,9 @@ from gradscope.collect.setting import (
     refusal,
 )
 from gradscope.collect.storage import Storage
+from gradscope.collect.structure import Structure
 from gradscope.collect.traced import COMPILED, Traced
+from gradscope.errors import LayerError
 from gradscope.layers import Layer, Selection, select
 from gradscope.record import Record, Step
 
@@ -49,6 +51,16 @@ __all__ = ["Recorder"]
 BACKWARDS_BEFORE_QUESTION: Final = 50
 #: Stands for the backward pass of a step of which only the optimizer was seen.
 _NO_BACKWARD: Final = -2
+_CHANGED: Final = "not supported: the model was changed in the middle of a step"
+
+
+class _Options(NamedTuple):
+    """What was asked of a watch, for when its layers are looked for again."""
+
+    wanted: frozenset[str]
+    update: bool
+    scaler: Any
+    input_gradient: bool
 
 
 class Recorder:
@@ -84,9 +96,6 @@ class Recorder:
         input_gradient: bool = False,
         header: Mapping[str, Any] | None = None,
     ) -> None:
-        selected = select(model, layers)
-        modules = [module for _, module in selected]
-        self.layers: tuple[Layer, ...] = tuple(layer for layer, _ in selected)
         wanted = chosen_statistics(statistics)
         self.schedule = schedule or Schedule()
         chosen = {
@@ -94,30 +103,13 @@ class Recorder:
             "cadence": {"every": self.schedule.every, "slow_every": self.schedule.slow_every},
         }
         self._model = weakref.ref(model)
-        parameters = Parameters(model)
-        self._assembler = Assembler(
-            layers=self.layers,
-            trunks=tuple(dict.fromkeys(x.trunk for x in self.layers if x.is_block)),
-            parameters=parameters,
-            wanted=wanted,
-            update=update,
-            compiled=compiled_sites(model, self.layers),
-            refusal=refusal(),
-        )
-        self._sampler = Sampler(
-            self,
-            self.layers,
-            self._assembler.trunks,
-            linear=linear_sites(modules),
-            wanted=wanted,
-            input_gradient=input_gradient,
-        )
-        self._assembler.verified = self._sampler.verified
+        self._selection = layers
+        self._options = _Options(wanted, update=update, scaler=scaler, input_gradient=input_gradient)
         self._voice = voice.Voice()
+        self.layers: tuple[Layer, ...] = ()
+        modules = self._look_at(model, select(model, layers))
         self._faults = Faults(self.layers, self._voice)
         self._findings = Findings(self.layers, self._voice if warn else None)
-        self._accumulation = Accumulation(parameters)
-        self._optimizers = Optimizers(parameters, scaler=scaler, update=update)
         self._storage = Storage(
             {**describe(model, self.layers), **(header or {}), **chosen},
             path=path,
@@ -141,10 +133,65 @@ class Recorder:
         self._running: set[int] = set()
         self._cached: tuple[Any, Step] | None = None
         self._grad_mode = True
+        self._changed = False
+        self._attach(model, modules)
+
+    def _look_at(self, model: nn.Module, selected: Sequence[tuple[Layer, nn.Module]]) -> list[nn.Module]:
+        """Make all that counts layers and parameters; returns the layers' modules."""
+        modules = [module for _, module in selected]
+        self.layers = tuple(layer for layer, _ in selected)
+        self._structure = Structure(model)
+        options, parameters = self._options, Parameters(model)
+        self._assembler = Assembler(
+            layers=self.layers,
+            trunks=tuple(dict.fromkeys(x.trunk for x in self.layers if x.is_block)),
+            parameters=parameters,
+            wanted=options.wanted,
+            update=options.update,
+            compiled=compiled_sites(model, self.layers),
+            refusal=refusal(),
+        )
+        self._sampler = Sampler(
+            self,
+            self.layers,
+            self._assembler.trunks,
+            linear=linear_sites(modules),
+            wanted=options.wanted,
+            input_gradient=options.input_gradient,
+        )
+        self._assembler.verified = self._sampler.verified
+        self._accumulation = Accumulation(parameters)
+        self._optimizers = Optimizers(parameters, scaler=options.scaler, update=options.update)
         self._traced = Traced(self.layers, self._assembler.trunks)
+        return modules
+
+    def _attach(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._attachment = Attachment(self, model, modules, self._traced)
         if self._assembler.compiled and forget_compiled_code():
             self._voice.say(*voice.compiled_before(len(self._assembler.compiled)))
+
+    def _look_again(self) -> None:
+        """The model was changed since the last step: find its layers and parameters by name anew."""
+        model = self._model()
+        if model is None:
+            return
+        try:
+            selected = select(model, self._selection)
+        except LayerError as error:
+            selected = ()  # what is left are the parameters
+            self._voice.say(*voice.no_layers_left(error))
+        assembler, sampler = self._assembler, self._sampler
+        optimizers, traced = self._optimizers, self._traced
+        modules = self._look_at(model, selected)
+        traced.stop()
+        self._assembler.reached = assembler.reached
+        self._sampler.dtypes |= sampler.dtypes | traced.dtypes
+        self._sampler.autocast_dtypes |= sampler.autocast_dtypes
+        self._optimizers.seen = optimizers.seen
+        self._faults.layers = self._findings.layers = self.layers
+        self._attachment.remove()
+        self._attach(model, modules)
+        self._changed = True
 
     def close(self, *, quiet: bool = False) -> None:
         """Finish the open step and take every hook away; a second call does nothing.
@@ -201,7 +248,7 @@ class Recorder:
             self._step.forget([last])
         if not self._grad_mode:
             return  # an evaluation: not of any step
-        self._begin_pass()
+        self._begin_pass(root=True)
         p = self._step.newest
         if p is None:
             return
@@ -216,7 +263,7 @@ class Recorder:
             self._mask_seen = self._mask_seen or p.valid is not None
             self._sampler.masked = p.valid is None
 
-    def _begin_pass(self) -> None:
+    def _begin_pass(self, *, root: bool = False) -> None:
         if (
             self._asked
             and not (self._optimizers.seen or self._explicit)
@@ -235,17 +282,26 @@ class Recorder:
         # Outside of any backward pass nothing runs; what is still noted was cut off by an exception.
         self._running.clear()
         self._scale = None
+        changed = self.schedule.records(self.index) and self._structure.changed()
+        if changed and root and self._step.began_s is None:
+            self._look_again()
+            changed = False
         self._optimizers.begin_pass()
         if self._step.began_s is None:
             self._begin_step()
         self.listening = self._step.recording
         self._traced.begin(self._model(), recording=self._step.recording)
         self._step.begin_pass()
+        if changed and self._step.newest is not None:
+            # Its hooks were put on other modules, and cannot be moved before the step is over.
+            self._step.newest.error = _CHANGED
 
     def _begin_step(self) -> None:
         recording = self.schedule.records(self.index)
         self._step.begin(recording=recording)
-        self._sampler.slow = recording and self.schedule.slow(self.index)
+        # What the graph proves about blocks and branches was seen on others.
+        self._sampler.slow = recording and (self._changed or self.schedule.slow(self.index))
+        self._changed = self._changed and not recording
         self._optimizers.begin_step()
 
     def on_root_end(self, output: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 
-from gradscope.errors import GradscopeWarning
+from gradscope.errors import GradscopeWarning, LayerError
 
 __all__ = [
     "Voice",
     "compiled_around",
     "compiled_before",
     "misfit_mask",
+    "no_layers_left",
     "no_mask",
     "no_optimizer",
     "nothing_came",
@@ -64,6 +65,15 @@ def compiled_before(layers: int) -> tuple[str, str]:
         f"{layers} watched layers were compiled before they were watched; compiled code calls no "
         "hooks that come later. gradscope has dropped what torch.compile made so far "
         "(torch._dynamo.reset()), and the next call compiles again. Watch first, then compile.",
+    )
+
+
+def no_layers_left(error: LayerError) -> tuple[str, str]:
+    """(kind, message) for a model that was changed so that it has none of the chosen layers any more."""
+    return (
+        "no layers left",
+        f"The watched model was changed, and its layers are gone: {error} Until they are back, only "
+        "parameters are recorded.",
     )
 
 
