@@ -257,7 +257,7 @@ def test_real_models_train_bit_identically_over_twenty_steps(backend: str, name:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_inductor_changes_no_more_than_an_unwatched_recompile(name: str) -> None:
-    """Largest differences of losses and parameters; watched, they were 0.0 for all five (torch 2.13, x86-64)."""
+    """Of losses and parameters; watched, it was 0.0 for all five models (torch 2.13, x86-64)."""
     from torch._functorch import config as autograd
     from torch._inductor import config as inductor
 
