@@ -8,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 
@@ -27,3 +29,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="module", params=["one pass", "torch"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Statistics by the optional extension module, and without it."""
+    from gradscope.statistics import one_pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setattr(one_pass, "_native", None)
+        elif not one_pass.available():
+            pytest.skip("the extension module was not built")
+        yield

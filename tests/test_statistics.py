@@ -17,6 +17,8 @@ from gradscope import statistics
 from gradscope.record import STATISTICS
 from gradscope.statistics import ACTIVATION, GRADIENT
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Largest relative error of a statistic: float32 arithmetic over a few thousand elements, or float64.
 RELATIVE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}

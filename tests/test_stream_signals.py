@@ -25,6 +25,8 @@ from gradscope.statistics import ACTIVATION, GRADIENT
 
 __all__ = ["no_faults"]
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 LAST = "not supported: the last position has no next"
 seeds = st.integers(0, 2**31 - 1)
 

@@ -291,8 +291,8 @@ class Sampler:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: modified in place"))
             else:
                 dot, difference = _ACTIVATION_PAIR
-                earlier.values[dot] = statistics.inner_product(before, tensor)
-                earlier.values[difference] = statistics.difference_norm(before, tensor)
+                product, distance = statistics.relate(before, tensor)
+                earlier.values[dot], earlier.values[difference] = product, distance
                 if self.slow:
                     axes = self._axes(slot, tensor)
                     self._put(earlier, statistics.measure_pair(before, tensor, self._wanted, **axes))
@@ -373,8 +373,7 @@ class Sampler:
             reason = "not supported: modified in place"
         else:
             dot, difference = _GRADIENT_PAIR
-            slot.gradient[dot] = statistics.inner_product(grad, held[0])
-            slot.gradient[difference] = statistics.difference_norm(grad, held[0])
+            slot.gradient[dot], slot.gradient[difference] = statistics.relate(grad, held[0])
             return
         slot.gradient_absent.update(dict.fromkeys(_GRADIENT_PAIR, reason))
 

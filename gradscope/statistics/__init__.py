@@ -1,6 +1,8 @@
 """The kernels behind the table of statistics: tensors in, scalars out, nothing kept.
 
-Every value is accumulated so that neither the dtype's range nor cancellation can spoil it: 16-bit
+Every value is accumulated so that neither the dtype's range nor cancellation can spoil it. On a CPU,
+dense float32 and bfloat16 tensors go through an extension module that sums in float64, in one pass for
+all statistics (`gradscope.statistics.one_pass`). Where it was not built, and for all else: 16-bit
 tensors are widened to float32 first, float32 sums of squares that leave the safe range are redone
 in float64 after division by the largest magnitude, and a variance that is small beside the mean
 square is redone about the mean. On a CPU those repairs are decided by looking at the first result,
@@ -13,7 +15,14 @@ To add a statistic: one entry in `gradscope.record.STATISTICS` and one function,
 
 from gradscope.statistics import slow as slow  # registers its kernels
 from gradscope.statistics.measurement import ACTIVATION, GRADIENT, measure
-from gradscope.statistics.moments import difference_norm, inner_product, nonfinite, norms, robust_moments
+from gradscope.statistics.moments import (
+    difference_norm,
+    inner_product,
+    nonfinite,
+    norms,
+    relate,
+    robust_moments,
+)
 from gradscope.statistics.pairs import (
     BRANCH,
     PAIR_KERNELS,
@@ -46,5 +55,6 @@ __all__ = [
     "norms",
     "pair_kernel",
     "pool",
+    "relate",
     "robust_moments",
 ]

@@ -10,16 +10,21 @@ from typing import Any, Final
 from torch import Tensor
 
 from gradscope.record import STATISTICS
-from gradscope.statistics.moments import moments_of
+from gradscope.statistics import one_pass
+from gradscope.statistics.moments import FOUND, moments_of
 from gradscope.statistics.sample import KERNELS, Absent, Sample, Value, type_kernel
 
 __all__ = ["ACTIVATION", "GRADIENT", "measure"]
 
-#: What `moments_of` gives, and the number of positions.
-MOMENTS: Final = frozenset({"l2", "count", "tokens", "mean", "variance", "absmax", "zeros", "nonfinite"})
 #: The columns of a measured tensor, in the order of the table.
 ACTIVATION: Final = tuple(n for n, s in STATISTICS.items() if "activation" in s.signals)
 GRADIENT: Final = tuple(n for n, s in STATISTICS.items() if "output_grad" in s.signals)
+#: The first columns of both: what `moments_of` gives, and the number of positions.
+_MOMENTS: Final = ("l2", "count", "tokens", "mean", "variance", "absmax", "zeros", "nonfinite")
+assert ACTIVATION[: len(_MOMENTS)] == GRADIENT[: len(_MOMENTS)] == _MOMENTS
+_VARIANCE: Final = _MOMENTS.index("variance")
+#: Kernels that need to know which tokens are of one sequence.
+_BY_TOKENS: Final = frozenset({"token_cosine", "token_centred_l2"})
 
 
 def measure(
@@ -52,36 +57,55 @@ def measure(
         values: floats on a CPU, 0-d tensors elsewhere; NaN where absent or filled in later.
         absent: column index -> status.
     """
-    values: list[Value] = [math.nan] * len(columns)
-    sample = Sample.of(x, feature_axis=feature_axis, token_axis=token_axis, valid=valid, input=input)
-    if isinstance(sample, Absent):
-        return values, dict.fromkeys(range(len(columns)), sample.why)
-    moments = moments_of(sample.x, sample.valid)
-    count = moments["count"]
-    moments["tokens"] = count / sample.x.shape[sample.feature_axis]
-    sample.rms = moments["l2"] / count**0.5
+    x = x.detach()
     plan = _plan(columns, slow, stream, wanted)
-    absent: dict[int, str] = dict.fromkeys(plan.not_due, "not sampled")
-    for i, name in plan.moments:
-        values[i] = moments[name]
-    for i, compute in plan.kernels:
-        result = compute(sample)
-        if isinstance(result, Absent):
-            absent[i] = result.why
-        else:
-            values[i] = result
-    if isinstance(count, float) and count == 1 and "variance" in columns:
-        absent[columns.index("variance")] = "one element"
+    found = one_pass.moments(x) if valid is None else None
+    if found is not None and not plan.kernels:
+        count = found[1]
+        features = x.shape[feature_axis] if x.dim() > 1 else count
+        values: list[Value] = [*found[:2], count / features, *found[2:], *plan.rest]
+        absent = plan.absent.copy()
+    else:
+        values = [math.nan] * len(columns)
+        sample = Sample.of(x, feature_axis=feature_axis, token_axis=token_axis, valid=valid, input=input)
+        if isinstance(sample, Absent):
+            return values, dict.fromkeys(range(len(columns)), sample.why)
+        moments: dict[str, Value] = (
+            moments_of(sample.x, sample.valid) if found is None else dict(zip(FOUND, found, strict=True))
+        )
+        count = moments["count"]
+        moments["tokens"] = count / sample.x.shape[sample.feature_axis]
+        sample.rms = moments["l2"] / count**0.5
+        sample.by_tokens = plan.by_tokens
+        absent = plan.absent.copy()
+        for i, name in enumerate(_MOMENTS):
+            values[i] = moments[name]
+        for i, compute in plan.kernels:
+            result = compute(sample)
+            if isinstance(result, Absent):
+                absent[i] = result.why
+            else:
+                values[i] = result
+    if isinstance(count, float) and count == 1:
+        absent[_VARIANCE] = "one element"
     return values, absent
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is to be computed for which column."""
+    """What is to be computed for which column.
 
-    moments: tuple[tuple[int, str], ...]
+    Attributes:
+        kernels: the columns that are due, and their kernels.
+        absent: why others are not.
+        rest: NaN for each column behind the moments.
+        by_tokens: whether any kernel needs to know which tokens are of one sequence.
+    """
+
     kernels: tuple[tuple[int, type_kernel], ...]
-    not_due: tuple[int, ...]
+    absent: dict[int, str]
+    rest: tuple[float, ...]
+    by_tokens: bool
 
 
 #: Plans by the identity of what they were made for, which they hold, so that it stays what it is.
@@ -99,20 +123,21 @@ def _plan(columns: Sequence[str], slow: bool, stream: bool, wanted: Collection[s
 
 
 def _planned(columns: Sequence[str], slow: bool, stream: bool, wanted: Collection[str] | None) -> _Plan:
-    moments: list[tuple[int, str]] = []
     kernels: list[tuple[int, type_kernel]] = []
-    not_due: list[int] = []
+    absent: dict[int, str] = {}
     for i, name in enumerate(columns):
-        if name in MOMENTS:
-            moments.append((i, name))
-            continue
-        statistic, compute = STATISTICS[name], KERNELS.get(name)
-        if compute is None or (statistic.where == "stream" and not stream):
+        compute = KERNELS.get(name)
+        if compute is None or (STATISTICS[name].where == "stream" and not stream):
             continue
         if wanted is not None and name not in wanted:
             continue
-        if statistic.slow and not slow:
-            not_due.append(i)
+        if STATISTICS[name].slow and not slow:
+            absent[i] = "not sampled"
         else:
             kernels.append((i, compute))
-    return _Plan(tuple(moments), tuple(kernels), tuple(not_due))
+    return _Plan(
+        kernels=tuple(kernels),
+        absent=absent,
+        rest=(math.nan,) * (len(columns) - len(_MOMENTS)),
+        by_tokens=any(columns[i] in _BY_TOKENS for i, _ in kernels),
+    )

@@ -9,18 +9,23 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from gradscope.statistics.sample import PIECE, WIDE, Absent, Value
+from gradscope.statistics import one_pass
+from gradscope.statistics.sample import WIDE, Absent, Value
 
 __all__ = [
+    "FOUND",
     "difference_norm",
     "frobenius_norm",
     "inner_product",
     "moments_of",
     "nonfinite",
     "norms",
+    "relate",
     "robust_moments",
 ]
 
+#: What `one_pass.moments` gives, in its order.
+FOUND: Final[tuple[str, ...]] = ("l2", "count", "mean", "variance", "absmax", "zeros", "nonfinite")
 # Sums of squares outside these bounds may have lost elements to underflow, or overflowed.
 _SAFE_LOW: Final = {torch.float32: 1e-30, torch.float64: 1e-290}
 # A float32 sum of more squares than this loses digits: on CPUs with narrow vectors 1e-6 of the norm at
@@ -37,7 +42,9 @@ _CANCELLATION: Final = 0.5
 def moments_of(x: Tensor, valid: Tensor | None = None) -> dict[str, Value]:
     """Count, l2, mean, variance, absmax, zeros and nonfinite of the valid elements of [..., features]."""
     if x.device.type == "cpu":
-        return _moments_on_cpu((x if valid is None else x[valid]).reshape(-1))
+        flat = (x if valid is None else x[valid]).reshape(-1)
+        found = one_pass.moments(flat)
+        return _moments_on_cpu(flat) if found is None else dict(zip(FOUND, found, strict=True))
     return robust_moments(x, valid)
 
 
@@ -122,6 +129,15 @@ def robust_moments(x: Tensor, valid: Tensor | None = None) -> dict[str, Value]:
     }
 
 
+def relate(a: Tensor, b: Tensor) -> tuple[Value, Value]:
+    """<a, b> and |a - b| over all elements, robust against the range. [...], [...] -> [], []."""
+    a, b = a.detach(), b.detach()
+    found = one_pass.pair(a, b)
+    if found is not None:
+        return found[0], math.sqrt(found[1])
+    return inner_product(a, b), difference_norm(a, b)
+
+
 def inner_product(a: Tensor, b: Tensor) -> Value:
     """<a, b> over all elements, robust against under- and overflow. [...], [...] -> []."""
     a, b = _flat(a), _flat(b)
@@ -148,12 +164,6 @@ def difference_norm(a: Tensor, b: Tensor) -> Value:
     if a.device.type != "cpu":
         return robust_moments(_flat(a) - _flat(b), None)["l2"]
     x, y = _flat(a), _flat(b)
-    squares = 0.0
-    for i in range(0, len(x), PIECE):
-        piece = x[i : i + PIECE] - y[i : i + PIECE]
-        squares += torch.dot(piece, piece).item()
-    if x.dtype == y.dtype and len(x) * _SAFE_LOW[x.dtype] < squares < math.inf:
-        return math.sqrt(squares)
     norm = _norm_on_cpu(x - y)
     # Two float32 elements of opposite sign may differ by more than float32 can hold.
     return norm if math.isfinite(norm) else _norm_on_cpu(_flat(a).double() - _flat(b).double())
@@ -165,6 +175,9 @@ def frobenius_norm(x: Tensor) -> Value:
 
 
 def _norm_on_cpu(flat: Tensor) -> float:
+    found = one_pass.squares(flat)
+    if found is not None:
+        return math.sqrt(found)
     squares = dot(flat, flat)
     if flat.numel() * _SAFE_LOW[flat.dtype] < squares < math.inf:
         return math.sqrt(squares)
@@ -177,6 +190,20 @@ def _norm_on_cpu(flat: Tensor) -> float:
 
 def norms(tensors: Sequence[Tensor]) -> list[Value]:
     """The Frobenius norm of each tensor (sparse ones coalesced). Any shapes -> one scalar each."""
+    found: list[Value] = []
+    left: list[int] = []
+    for i, t in enumerate(tensors):
+        squares = one_pass.squares(t.detach())
+        found.append(math.nan if squares is None else math.sqrt(squares))
+        if squares is None:
+            left.append(i)
+    if left:
+        for i, norm in zip(left, _other_norms([tensors[i] for i in left]), strict=True):
+            found[i] = norm
+    return found
+
+
+def _other_norms(tensors: Sequence[Tensor]) -> list[Value]:
     dense = [_dense(t.detach()) for t in tensors]
     wide = [t if t.dtype in WIDE else t.float() for t in dense]
     found: list[Value] = [0.0] * len(wide)

@@ -6,8 +6,8 @@ difference itself; or the output of a branch, with h the input of its block.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -15,19 +15,10 @@ import torch
 from torch import Tensor
 
 from gradscope.record import STATISTICS
+from gradscope.statistics import one_pass
 from gradscope.statistics.sample import Absent, Sample, Value, directions
 
 __all__ = ["BRANCH", "PAIR_KERNELS", "SLOW_PAIR", "Pair", "measure_branch", "measure_pair", "pair_kernel"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lengths:
-    """Of each position, float64 [positions]: |h|, |F|, <F, h>, and the angle of h and h + F."""
-
-    stream: Tensor
-    change: Tensor
-    product: Tensor
-    angle: Tensor
 
 
 class Pair:
@@ -69,48 +60,22 @@ class Pair:
         return directions(self._following.positions())
 
     @cached_property
-    def fast(self) -> _Lengths | None:
-        """What all statistics follow from, in a few passes over h and F as they are; None out of range.
+    def rows(self) -> one_pass.PairRows | None:
+        """What all statistics follow from, in one pass; None where it is not taken.
 
         The angle is atan2(|F - p h|, |h| (1 + p)) with p = <F, h>/|h|^2, from what F adds across h and
-        along it, so that a small angle keeps its digits; where F is large, the same with h + F itself.
+        along it, so that a small angle keeps its digits.
         """
-        stream = self.stream.lengths()
         added = self._branch or self._following
-        if stream is None or added is None or not added.plain:
+        if added is None or not (self.stream.plain and added.plain):
             return None
-        if self._following is not None and self._following.lengths() is None:
-            return None
-        start, parts = 0, list[tuple[Tensor, ...]]()
-        for h, x in zip(self.stream.pieces(), added.pieces(), strict=True):
-            part = _piece(h, x, stream[start : start + len(h)], branch=self._branch is not None)
-            if part is None:
-                return None
-            start += len(h)
-            parts.append(part)
-        length, product, angle = (torch.cat(column).double() for column in zip(*parts, strict=True))
-        return _Lengths(stream.double(), length, product, angle)
+        found = one_pass.pair_rows(self.stream.x, added.x, branch=self._branch is not None)
+        return found if found is not None and all(map(math.isfinite, found)) else None
 
-
-def _piece(h: Tensor, x: Tensor, stream: Tensor, *, branch: bool) -> tuple[Tensor, ...] | None:
-    """|F|, <F, h> and the angle of some positions; None where a length is out of range."""
-    f = x if branch else x - h
-    length = Sample(f).lengths()
-    if length is None:
-        return None
-    product = torch.linalg.vecdot(f, h)
-    angle = _angle(f, h, product, stream, 1.0)
-    large = length > stream / 2
-    if not branch and bool(large.any()):
-        angle = torch.where(large, _angle(x, h, torch.linalg.vecdot(x, h), stream, 0.0), angle)
-    return length, product, angle
-
-
-def _angle(x: Tensor, h: Tensor, product: Tensor, length: Tensor, more: float) -> Tensor:
-    """The angle of h and x + more h at each position, float64; ``product`` is <x, h>, ``length`` |h|."""
-    along = product / length.square()
-    across = torch.linalg.vector_norm(torch.addcmul(x, along[:, None], h, value=-1), dim=-1)
-    return torch.atan2(across.double(), length.double() * (more + along.double()))
+    @cached_property
+    def positions(self) -> int:
+        """How many there are."""
+        return self.stream.x.numel() // self.stream.x.shape[-1]
 
 
 PAIR_KERNELS: Final[dict[str, Callable[[Pair], Value]]] = {}
@@ -135,8 +100,8 @@ def cosine_next(pair: Pair) -> Value:
     One minus it is Block Influence (Men et al. 2024, ShortGPT, arXiv:2403.03853). Absent where a token
     of either is exactly zero.
     """
-    if pair.fast is not None:
-        return 1 - 2 * (pair.fast.angle / 2).sin().square().mean().item()
+    if pair.rows is not None:
+        return pair.rows.cosine / pair.positions
     (a, zero), (b, zero_next) = pair.here, pair.after
     return pair.stream.unless_zero(pair.stream.mean(torch.linalg.vecdot(a, b)), zero, zero_next)
 
@@ -149,8 +114,8 @@ def angle_next(pair: Pair) -> Value:
     only). As 2 atan2(|u - v|, |u + v|) of the directions: an arc cosine loses half of the digits of a
     small angle, and is NaN where rounding takes the cosine past 1.
     """
-    if pair.fast is not None:
-        return pair.fast.angle.mean().item()
+    if pair.rows is not None:
+        return pair.rows.angle / pair.positions
     (a, zero), (b, zero_next) = pair.here, pair.after
     apart, along = (torch.linalg.vector_norm(x, dim=-1) for x in (a - b, a + b))
     return pair.stream.unless_zero(pair.stream.mean(2 * torch.atan2(apart, along)), zero, zero_next)
@@ -162,8 +127,8 @@ def relative_contribution(pair: Pair) -> Value:
 
     Csordas et al. 2025, arXiv:2505.13898. Absent where a token of h is exactly zero.
     """
-    if pair.fast is not None:
-        return (pair.fast.change / pair.fast.stream).mean().item()
+    if pair.rows is not None:
+        return pair.rows.ratio / pair.positions
     h = pair.stream.positions()
     largest, largest_change = (x.abs().amax().double() for x in (h, pair.change))
     scale = torch.where(largest_change > 0, largest_change, 1.0)
@@ -180,9 +145,8 @@ def residual_cosine(pair: Pair) -> Value:
     Below 0 what is added erases, about 0 it is new, above 0 it refines (Csordas et al. 2025,
     arXiv:2505.13898). Absent where a token of either is exactly zero, as with a zero branch.
     """
-    fast = pair.fast
-    if fast is not None:
-        return (fast.product / (fast.stream * fast.change)).mean().item()
+    if pair.rows is not None:
+        return pair.rows.change_cosine / pair.positions
     (a, zero), (b, zero_change) = pair.here, directions(pair.change)
     return pair.stream.unless_zero(pair.stream.mean(torch.linalg.vecdot(a, b)), zero, zero_change)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gradscope.record import STATISTICS
+from gradscope.statistics import one_pass
 
 __all__ = [
     "KERNELS",
     "NO_DIRECTION",
-    "PIECE",
     "WIDE",
     "Absent",
     "Sample",
@@ -37,14 +37,6 @@ WIDE: Final = (torch.float32, torch.float64)
 NO_DIRECTION: Final = math.inf
 
 
-#: What is computed in between stays in the processor's cache in pieces of so many elements; larger ones
-#: are new memory from the system at every call.
-PIECE: Final = 1 << 15
-#: Lengths between which squares and products of float32 numbers keep their digits.
-_LEAST: Final = 1e-15
-_MOST: Final = 1e15
-
-
 @dataclass(frozen=True, slots=True)
 class Absent:
     """A value that cannot be had, with the reason that becomes its status."""
@@ -63,6 +55,7 @@ class Sample:
         valid: bool, the shape of x without features; positions that count. None: all do.
         input: the trunk's input h_0 in the same form, for `input_cosine`.
         rms: sqrt(mean of x^2) over the valid elements, from `measure`.
+        by_tokens: whether anything is asked of it for which sequences matter.
     """
 
     x: Tensor
@@ -71,7 +64,9 @@ class Sample:
     valid: Tensor | None = None
     input: Tensor | None = None
     rms: Value = math.nan
-    _lengths: Tensor | None = None
+    by_tokens: bool = True
+    _rows: one_pass.Rows | None = None
+    _looked: bool = False
 
     @classmethod
     def of(
@@ -121,24 +116,24 @@ class Sample:
         """Whether it is on a CPU, its features last, and without a mask: what fast kernels take."""
         return self.valid is None and self.feature_axis == -1 and self.x.device.type == "cpu"
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The positions in pieces that stay in the processor's cache, [some positions, features]."""
-        x = self.positions()
-        rows = max(PIECE // x.shape[-1], 1)
-        for start in range(0, len(x), rows):
-            yield x[start : start + rows]
+    @property
+    def rows(self) -> one_pass.Rows | None:
+        """What all statistics of its positions follow from, in one pass; None where it is not taken.
 
-    def lengths(self) -> Tensor | None:
-        """|x| of each position, [positions], of a plain sample; None where any leaves the safe range.
-
-        There the squares, and the products with another such sample, keep all digits of their dtype. A
-        position that is exactly 0 has no direction, and is outside too.
+        Of values that are not finite the kernels say themselves what they are.
         """
-        if self._lengths is None and self.plain:
-            self._lengths = torch.linalg.vector_norm(self.positions(), dim=-1)
-        found = self._lengths
-        safe = found is not None and _LEAST < found.amin().item() and found.amax().item() < _MOST
-        return found if safe else None
+        if not self._looked:
+            self._looked = True
+            if self.plain and isinstance(self.rms, float) and math.isfinite(self.rms):
+                x, start = self.x, self.input
+                sequences, tokens, turned = self.x.numel() // self.x.shape[-1], 1, False
+                if self.by_tokens and x.dim() == 3:
+                    turned = self.token_axis == 0
+                    sequences, tokens = (x.shape[1], x.shape[0]) if turned else (x.shape[0], x.shape[1])
+                if start is not None:
+                    start = start.to(x.dtype) if start.shape == x.shape else None
+                self._rows = one_pass.rows(x, start, sequences, tokens, tokens_first=turned)
+        return self._rows
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the positions that count, [positions] -> [], in float64."""
@@ -166,11 +161,6 @@ class Sample:
             return Absent("not supported: one token")
         valid = self.valid
         return x, valid.transpose(0, 1) if turned and valid is not None else valid
-
-    @property
-    def typical(self) -> bool:
-        """Whether fourth powers of its elements, outliers too, lie in float32's range."""
-        return isinstance(self.rms, float) and 1e-8 < self.rms < 1e5
 
     def wide(self, x: Tensor) -> Tensor:
         """X in a dtype that holds the fourth powers of its typical elements, relative to 1."""

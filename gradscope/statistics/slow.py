@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from gradscope.statistics.moments import dot, frobenius_norm
+from gradscope.statistics import one_pass
+from gradscope.statistics.moments import frobenius_norm
 from gradscope.statistics.sample import (
     NO_DIRECTION,
     Absent,
@@ -26,12 +29,8 @@ def kurtosis(sample: Sample) -> Value | Absent:
     al. 2024, arXiv:2405.19279). Computed on x / sqrt(E x^2), so that nothing leaves the range.
     NaN where x is zero or not finite.
     """
-    if sample.plain and sample.typical:
-        fourth = 0.0
-        for x in sample.pieces():
-            square = x.square().reshape(-1)
-            fourth += dot(square, square)
-        return fourth / (sample.x.numel() * sample.rms**4)
+    if sample.rows is not None and 0 < (squares := sample.x.numel() * sample.rms**2):
+        return sample.rows.fourth / squares * (sample.x.numel() / squares)
     unit = sample.wide(sample.positions()) / sample.rms
     return scalar(sample.mean(unit.square().square().mean(-1, dtype=torch.float64)))
 
@@ -46,14 +45,8 @@ def token_variance(sample: Sample) -> Value | Absent:
     features = sample.x.shape[sample.feature_axis]
     if features < 2:
         return Absent("one element")
-    if sample.plain and sample.typical:
-        squares = 0.0
-        for x in sample.pieces():
-            centred = x - x.mean(-1, keepdim=True)
-            left = centred.mean(-1)  # of the mean, which was rounded to be subtracted
-            flat = centred.reshape(-1)
-            squares += dot(flat, flat) - features * dot(left, left)
-        return squares / sample.x.numel()
+    if sample.rows is not None:
+        return max(sample.rows.within, 0.0) / sample.x.numel()
     x = sample.wide(sample.positions())
     return scalar(sample.mean(x.var(-1, correction=0)))
 
@@ -70,13 +63,10 @@ def token_cosine(sample: Sample) -> Value | Absent:
     if isinstance(sequences, Absent):
         return sequences
     original, valid = sequences
-    lengths = sample.lengths()
-    if lengths is not None:
-        lengths = lengths.reshape(sample.x.shape[:-1])
-        weights = (lengths if sample.token_axis else lengths.T).reciprocal()
-        total = torch.bmm(weights[:, None], original).double().square().sum().item()
-        batch, tokens = weights.shape
-        return (total / batch - tokens) / (tokens * (tokens - 1))
+    rows = sample.rows
+    if rows is not None:
+        batch, tokens = original.shape[:2]
+        return NO_DIRECTION if rows.zero else (rows.direction / batch - tokens) / (tokens * (tokens - 1))
     zero = (original == 0).all(-1).any()
     x = sample.wide(original) / sample.rms
     # The norm in float64: the square of a small token leaves float32's range.
@@ -105,14 +95,8 @@ def token_centred_l2(sample: Sample) -> Value | Absent:
     if isinstance(sequences, Absent):
         return sequences
     x, valid = sequences
-    if sample.plain and sample.typical:
-        squares = 0.0
-        for sequence in x:
-            centred = sequence - sequence.mean(0)
-            left = centred.mean(0)
-            flat = centred.reshape(-1)
-            squares += dot(flat, flat) - len(centred) * dot(left, left)
-        return max(squares, 0.0) ** 0.5
+    if sample.rows is not None:
+        return max(sample.rows.centred, 0.0) ** 0.5
     x = x.double()
     if valid is None:
         return frobenius_norm(x - x.mean(1, keepdim=True))
@@ -138,9 +122,10 @@ def sample_dot(sample: Sample) -> Value | Absent:
     samples = x.shape[axis]
     if samples < 2:
         return Absent("not supported: one sample")
-    if sample.plain and isinstance(sample.rms, float) and 1e-12 < sample.rms < 1e12:
-        total = x.sum(axis).reshape(-1)
-        return (dot(total, total) - x.numel() * sample.rms**2) / (samples - 1)
+    if sample.plain and isinstance(sample.rms, float) and math.isfinite(sample.rms):
+        together = one_pass.together(x, axis)
+        if together is not None:
+            return (together - x.numel() * sample.rms**2) / (samples - 1)
     # In units of the root mean square: the squares of small gradients would leave the range.
     rms = torch.as_tensor(sample.rms, dtype=torch.float64, device=x.device)
     unit = x.double() / torch.where(rms == 0, 1.0, rms)
@@ -158,15 +143,12 @@ def input_cosine(sample: Sample) -> Value | Absent:
         return Absent("not supported: the trunk's input was not kept")
     if sample.input.shape != sample.x.shape:
         return Absent("not supported: the width differs from the input's")
+    rows = sample.rows
+    if rows is not None and math.isfinite(rows.input):
+        return rows.input * sample.x.shape[-1] / sample.x.numel()
     # The trunk's input is kept as it was; the sample has been widened.
     start_input = sample.input.to(sample.x.dtype)
     start_sample = Sample(start_input, sample.feature_axis, sample.token_axis, sample.valid)
-    origin = start_sample.positions()
-    lengths, start_lengths = sample.lengths(), start_sample.lengths()
-    if lengths is not None and start_lengths is not None:
-        pieces = zip(sample.pieces(), start_sample.pieces(), strict=True)
-        product = torch.cat([torch.linalg.vecdot(x, y) for x, y in pieces])
-        return (product / (lengths * start_lengths)).mean(dtype=torch.float64).item()
     x, zero = directions(sample.positions())
-    start, zero_start = directions(origin)
+    start, zero_start = directions(start_sample.positions())
     return sample.unless_zero(sample.mean(torch.linalg.vecdot(x, start)), zero, zero_start)

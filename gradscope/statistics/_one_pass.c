@@ -1,0 +1,467 @@
+/* One pass over a tensor on a CPU instead of one per statistic, with sums in double.
+ *
+ * Optional: gradscope.statistics.one_pass falls back on torch's own operations where this was not built.
+ * Every function takes the address of contiguous memory as an integer, float32 or bfloat16, and reads it
+ * only; the caller keeps the tensor alive. A double holds the squares, and the fourth powers, of all
+ * float32 numbers, so that nothing here leaves the range.
+ *
+ * The inner loops run over LANES independent accumulators, which a compiler turns into vector
+ * instructions without being allowed to reorder sums.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define ROW_LANES 8
+#define CHUNK ((size_t)1 << 20)   /* so many elements are counted in 32 bits */
+#define RELEASE ((size_t)1 << 16) /* from so many on other threads may run meanwhile */
+#define INFINITY_BITS 0x7f800000
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTOR
+#endif
+
+typedef uint16_t bf16;
+
+static inline int32_t bits_f32(const float *x) {
+    int32_t bits;
+    memcpy(&bits, x, sizeof bits);
+    return bits;
+}
+
+static inline int32_t bits_bf16(const bf16 *x) { return (int32_t)((uint32_t)*x << 16); }
+
+static inline float load_f32(const float *x) { return *x; }
+
+static inline float load_bf16(const bf16 *x) {
+    int32_t bits = bits_bf16(x);
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+typedef struct {
+    double sum, squares;
+    int64_t zeros, nonfinite;
+    float absmax;
+} Moments;
+
+typedef struct {
+    double dot, difference;
+} Pair;
+
+typedef struct {
+    double fourth, within, direction, centred, input;
+    int64_t zero, zero_input;
+} Rows;
+
+typedef struct {
+    double cosine, angle, ratio, change_cosine;
+    int64_t zero, zero_next, zero_change;
+} PairRows;
+
+#define FUNCTIONS(T, SUFFIX)                                                                            \
+    VECTOR static void moments_##SUFFIX(const T *x, size_t n, Moments *out) {                          \
+        double sum[LANES] = {0}, squares[LANES] = {0};                                                 \
+        int32_t top[LANES] = {0};                                                                      \
+        int64_t zeros = 0;                                                                             \
+        size_t i = 0;                                                                                  \
+        while (i + LANES <= n) {                                                                       \
+            size_t stop = n - i > CHUNK ? i + CHUNK : n;                                               \
+            int32_t none[LANES] = {0};                                                                 \
+            for (; i + LANES <= stop; i += LANES)                                                      \
+                for (int k = 0; k < LANES; k++) {                                                      \
+                    double value = (double)load_##SUFFIX(x + i + k);                                   \
+                    int32_t size = bits_##SUFFIX(x + i + k) & 0x7fffffff;                              \
+                    sum[k] += value;                                                                   \
+                    squares[k] += value * value;                                                       \
+                    top[k] = size > top[k] ? size : top[k];                                            \
+                    none[k] += size == 0;                                                              \
+                }                                                                                      \
+            for (int k = 0; k < LANES; k++) zeros += none[k];                                          \
+        }                                                                                              \
+        for (; i < n; i++) {                                                                           \
+            double value = (double)load_##SUFFIX(x + i);                                               \
+            int32_t size = bits_##SUFFIX(x + i) & 0x7fffffff;                                          \
+            sum[0] += value;                                                                           \
+            squares[0] += value * value;                                                               \
+            top[0] = size > top[0] ? size : top[0];                                                    \
+            zeros += size == 0;                                                                        \
+        }                                                                                              \
+        int32_t most = 0;                                                                              \
+        out->sum = out->squares = 0;                                                                   \
+        for (int k = 0; k < LANES; k++) {                                                              \
+            out->sum += sum[k];                                                                        \
+            out->squares += squares[k];                                                                \
+            most = top[k] > most ? top[k] : most;                                                      \
+        }                                                                                              \
+        out->zeros = zeros;                                                                            \
+        out->nonfinite = 0;                                                                            \
+        memcpy(&out->absmax, &most, sizeof most);                                                      \
+        if (most >= INFINITY_BITS)                                                                     \
+            for (i = 0; i < n; i++)                                                                    \
+                out->nonfinite += (bits_##SUFFIX(x + i) & 0x7fffffff) >= INFINITY_BITS;                \
+    }                                                                                                  \
+                                                                                                       \
+    VECTOR static double squares_##SUFFIX(const T *x, size_t n) {                                      \
+        double lanes[LANES] = {0}, total = 0;                                                          \
+        size_t i = 0;                                                                                  \
+        for (; i + LANES <= n; i += LANES)                                                             \
+            for (int k = 0; k < LANES; k++) {                                                          \
+                double value = (double)load_##SUFFIX(x + i + k);                                       \
+                lanes[k] += value * value;                                                             \
+            }                                                                                          \
+        for (; i < n; i++) total += (double)load_##SUFFIX(x + i) * (double)load_##SUFFIX(x + i);       \
+        for (int k = 0; k < LANES; k++) total += lanes[k];                                             \
+        return total;                                                                                  \
+    }                                                                                                  \
+                                                                                                       \
+    VECTOR static void pair_##SUFFIX(const T *x, const T *y, size_t n, Pair *out) {                    \
+        double dot[LANES] = {0}, difference[LANES] = {0};                                              \
+        size_t i = 0;                                                                                  \
+        for (; i + LANES <= n; i += LANES)                                                             \
+            for (int k = 0; k < LANES; k++) {                                                          \
+                double a = (double)load_##SUFFIX(x + i + k), b = (double)load_##SUFFIX(y + i + k);     \
+                dot[k] += a * b;                                                                       \
+                difference[k] += (a - b) * (a - b);                                                    \
+            }                                                                                          \
+        for (; i < n; i++) {                                                                           \
+            double a = (double)load_##SUFFIX(x + i), b = (double)load_##SUFFIX(y + i);                 \
+            dot[0] += a * b;                                                                           \
+            difference[0] += (a - b) * (a - b);                                                        \
+        }                                                                                              \
+        out->dot = out->difference = 0;                                                                \
+        for (int k = 0; k < LANES; k++) {                                                              \
+            out->dot += dot[k];                                                                        \
+            out->difference += difference[k];                                                          \
+        }                                                                                              \
+    }                                                                                                  \
+                                                                                                       \
+    /* One position: sum of squares, fourth powers, and squares about the mean (all less the first     \
+       element, so that a large mean costs no digits). */                                              \
+    VECTOR static double row_##SUFFIX(const T *x, size_t d, double *fourth, double *within) {          \
+        double squares[ROW_LANES] = {0}, fourths[ROW_LANES] = {0}, sums[ROW_LANES] = {0},              \
+               others[ROW_LANES] = {0};                                                                \
+        double first = (double)load_##SUFFIX(x);                                                       \
+        size_t i = 0;                                                                                  \
+        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
+            for (int k = 0; k < ROW_LANES; k++) {                                                      \
+                double value = (double)load_##SUFFIX(x + i + k);                                       \
+                double square = value * value, less = value - first;                                   \
+                squares[k] += square;                                                                  \
+                fourths[k] += square * square;                                                         \
+                sums[k] += less;                                                                       \
+                others[k] += less * less;                                                              \
+            }                                                                                          \
+        for (; i < d; i++) {                                                                           \
+            double value = (double)load_##SUFFIX(x + i);                                               \
+            double square = value * value, less = value - first;                                       \
+            squares[0] += square;                                                                      \
+            fourths[0] += square * square;                                                             \
+            sums[0] += less;                                                                           \
+            others[0] += less * less;                                                                  \
+        }                                                                                              \
+        for (int k = 1; k < ROW_LANES; k++) {                                                          \
+            squares[0] += squares[k];                                                                  \
+            fourths[0] += fourths[k];                                                                  \
+            sums[0] += sums[k];                                                                        \
+            others[0] += others[k];                                                                    \
+        }                                                                                              \
+        *fourth += fourths[0];                                                                         \
+        *within += others[0] - sums[0] * sums[0] / (double)d;                                          \
+        return squares[0];                                                                             \
+    }                                                                                                  \
+                                                                                                       \
+    VECTOR static double product_##SUFFIX(const T *x, const T *y, size_t d) {                          \
+        double lanes[ROW_LANES] = {0};                                                                 \
+        size_t i = 0;                                                                                  \
+        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
+            for (int k = 0; k < ROW_LANES; k++)                                                        \
+                lanes[k] += (double)load_##SUFFIX(x + i + k) * (double)load_##SUFFIX(y + i + k);       \
+        for (; i < d; i++) lanes[0] += (double)load_##SUFFIX(x + i) * (double)load_##SUFFIX(y + i);    \
+        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
+        return lanes[0];                                                                               \
+    }                                                                                                  \
+                                                                                                       \
+    /* Adds a token to its sequence: its direction, and its difference to the first token. */          \
+    VECTOR static double token_##SUFFIX(const T *x, const T *first, size_t d, double inverse,          \
+                                        double *direction, double *sum) {                              \
+        double lanes[ROW_LANES] = {0};                                                                 \
+        size_t i = 0;                                                                                  \
+        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
+            for (int k = 0; k < ROW_LANES; k++) {                                                      \
+                double value = (double)load_##SUFFIX(x + i + k);                                       \
+                double less = value - (double)load_##SUFFIX(first + i + k);                            \
+                direction[i + k] += value * inverse;                                                   \
+                sum[i + k] += less;                                                                    \
+                lanes[k] += less * less;                                                               \
+            }                                                                                          \
+        for (; i < d; i++) {                                                                           \
+            double value = (double)load_##SUFFIX(x + i);                                               \
+            double less = value - (double)load_##SUFFIX(first + i);                                    \
+            direction[i] += value * inverse;                                                           \
+            sum[i] += less;                                                                            \
+            lanes[0] += less * less;                                                                   \
+        }                                                                                              \
+        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
+        return lanes[0];                                                                               \
+    }                                                                                                  \
+                                                                                                       \
+    /* [sequences, tokens, d]; token t of sequence b is row b * by_sequence + t * by_token. */         \
+    static void rows_##SUFFIX(const T *x, const T *input, size_t sequences, size_t tokens, size_t d,   \
+                              size_t by_sequence, size_t by_token, double *scratch, Rows *out) {       \
+        double *direction = scratch, *sum = scratch + d;                                               \
+        memset(out, 0, sizeof *out);                                                                   \
+        for (size_t b = 0; b < sequences; b++) {                                                       \
+            const T *first = x + b * by_sequence * d;                                                  \
+            double apart = 0, total = 0, mean = 0;                                                     \
+            memset(scratch, 0, 2 * d * sizeof *scratch);                                               \
+            for (size_t t = 0; t < tokens; t++) {                                                      \
+                size_t at = (b * by_sequence + t * by_token) * d;                                      \
+                double squares = row_##SUFFIX(x + at, d, &out->fourth, &out->within);                  \
+                double length = sqrt(squares);                                                         \
+                out->zero += squares == 0;                                                             \
+                if (tokens > 1)                                                                        \
+                    apart += token_##SUFFIX(x + at, first, d, 1 / length, direction, sum);             \
+                if (input) {                                                                           \
+                    double own = squares_##SUFFIX(input + at, d);                                      \
+                    out->zero_input += own == 0;                                                       \
+                    out->input += product_##SUFFIX(x + at, input + at, d) / (length * sqrt(own));      \
+                }                                                                                      \
+            }                                                                                          \
+            for (size_t i = 0; i < d; i++) {                                                           \
+                total += direction[i] * direction[i];                                                  \
+                mean += sum[i] * sum[i];                                                               \
+            }                                                                                          \
+            out->direction += total;                                                                   \
+            out->centred += apart - mean / (double)tokens;                                             \
+        }                                                                                              \
+    }                                                                                                  \
+                                                                                                       \
+    /* Sum of the squares of sum_b x[outer, b, inner]. */                                              \
+    VECTOR static double together_##SUFFIX(const T *x, size_t outer, size_t samples, size_t inner) {   \
+        double total = 0;                                                                              \
+        for (size_t o = 0; o < outer; o++) {                                                           \
+            const T *start = x + o * samples * inner;                                                  \
+            size_t i = 0;                                                                              \
+            for (; i + LANES <= inner; i += LANES) {                                                   \
+                double sum[LANES] = {0};                                                               \
+                for (size_t b = 0; b < samples; b++)                                                   \
+                    for (int k = 0; k < LANES; k++)                                                    \
+                        sum[k] += (double)load_##SUFFIX(start + b * inner + i + k);                    \
+                for (int k = 0; k < LANES; k++) total += sum[k] * sum[k];                              \
+            }                                                                                          \
+            for (; i < inner; i++) {                                                                   \
+                double sum = 0;                                                                        \
+                for (size_t b = 0; b < samples; b++) sum += (double)load_##SUFFIX(start + b * inner + i); \
+                total += sum * sum;                                                                    \
+            }                                                                                          \
+        }                                                                                              \
+        return total;                                                                                  \
+    }                                                                                                  \
+                                                                                                       \
+    /* |h|^2, |h'|^2, |F|^2, <F, h> of one position, F = h' - h or (a branch) what was given. */       \
+    VECTOR static void change_##SUFFIX(const T *h, const T *y, size_t d, double branch,                \
+                                       double out[4]) {                                                \
+        double here[ROW_LANES] = {0}, next[ROW_LANES] = {0}, change[ROW_LANES] = {0},                  \
+               product[ROW_LANES] = {0};                                                               \
+        size_t i = 0;                                                                                  \
+        double keep = branch ? 0.0 : 1.0;                                                              \
+        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
+            for (int k = 0; k < ROW_LANES; k++) {                                                      \
+                double a = (double)load_##SUFFIX(h + i + k), b = (double)load_##SUFFIX(y + i + k);     \
+                double f = b - keep * a;                                                               \
+                here[k] += a * a;                                                                      \
+                next[k] += b * b;                                                                      \
+                change[k] += f * f;                                                                    \
+                product[k] += f * a;                                                                   \
+            }                                                                                          \
+        for (; i < d; i++) {                                                                           \
+            double a = (double)load_##SUFFIX(h + i), b = (double)load_##SUFFIX(y + i);                 \
+            double f = b - keep * a;                                                                   \
+            here[0] += a * a;                                                                          \
+            next[0] += b * b;                                                                          \
+            change[0] += f * f;                                                                        \
+            product[0] += f * a;                                                                       \
+        }                                                                                              \
+        for (int k = 1; k < ROW_LANES; k++) {                                                          \
+            here[0] += here[k];                                                                        \
+            next[0] += next[k];                                                                        \
+            change[0] += change[k];                                                                    \
+            product[0] += product[k];                                                                  \
+        }                                                                                              \
+        out[0] = here[0];                                                                              \
+        out[1] = next[0];                                                                              \
+        out[2] = change[0];                                                                            \
+        out[3] = product[0];                                                                           \
+    }                                                                                                  \
+                                                                                                       \
+    /* |F - p h|^2 of one position. */                                                                 \
+    VECTOR static double across_##SUFFIX(const T *h, const T *y, size_t d, double keep, double p) {    \
+        double lanes[ROW_LANES] = {0};                                                                 \
+        size_t i = 0;                                                                                  \
+        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
+            for (int k = 0; k < ROW_LANES; k++) {                                                      \
+                double a = (double)load_##SUFFIX(h + i + k);                                           \
+                double left = (double)load_##SUFFIX(y + i + k) - keep * a - p * a;                     \
+                lanes[k] += left * left;                                                               \
+            }                                                                                          \
+        for (; i < d; i++) {                                                                           \
+            double a = (double)load_##SUFFIX(h + i);                                                   \
+            double left = (double)load_##SUFFIX(y + i) - keep * a - p * a;                             \
+            lanes[0] += left * left;                                                                   \
+        }                                                                                              \
+        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
+        return lanes[0];                                                                               \
+    }                                                                                                  \
+                                                                                                       \
+    static void pair_rows_##SUFFIX(const T *h, const T *y, size_t rows, size_t d, int branch,          \
+                                   PairRows *out) {                                                    \
+        memset(out, 0, sizeof *out);                                                                   \
+        for (size_t r = 0; r < rows; r++) {                                                            \
+            double found[4];                                                                           \
+            change_##SUFFIX(h + r * d, y + r * d, d, branch, found);                                   \
+            double length = sqrt(found[0]), change = sqrt(found[2]);                                   \
+            out->zero += found[0] == 0;                                                                \
+            out->zero_next += found[1] == 0;                                                           \
+            out->zero_change += found[2] == 0;                                                         \
+            out->ratio += change / length;                                                             \
+            out->change_cosine += found[3] / (length * change);                                        \
+            if (!branch) {                                                                             \
+                /* What is added across h and along it: a small angle keeps its digits. */             \
+                double p = found[3] / found[0];                                                        \
+                double across = sqrt(across_##SUFFIX(h + r * d, y + r * d, d, 1.0, p));                \
+                double angle = atan2(across, length * (1 + p));                                        \
+                out->angle += angle;                                                                   \
+                out->cosine += cos(angle);                                                             \
+            }                                                                                          \
+        }                                                                                              \
+    }
+
+FUNCTIONS(float, f32)
+FUNCTIONS(bf16, bf16)
+
+/* -- Python ------------------------------------------------------------------------------------- */
+
+static int addresses(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, size_t *numbers) {
+    if (given != count) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments are taken, %zd were given", count, given);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        numbers[i] = PyLong_AsSize_t(args[i]);
+        if (numbers[i] == (size_t)-1 && PyErr_Occurred()) return -1;
+    }
+    return 0;
+}
+
+/* Runs CALL for the dtype, float32 or (half) bfloat16, without the lock where that takes long. */
+#define RUN(HALF, SIZE, F32, BF16)                       \
+    do {                                                 \
+        PyThreadState *state = NULL;                     \
+        if ((SIZE) >= RELEASE) state = PyEval_SaveThread(); \
+        if (HALF) {                                      \
+            BF16;                                        \
+        } else {                                         \
+            F32;                                         \
+        }                                                \
+        if (state) PyEval_RestoreThread(state);          \
+    } while (0)
+
+PyDoc_STRVAR(moments_doc, "moments(address, half, n) -> (sum, squares, absmax, zeros, nonfinite)");
+
+static PyObject *moments(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    size_t a[3];
+    Moments m;
+    if (addresses(args, given, 3, a)) return NULL;
+    RUN(a[1], a[2], moments_f32((const float *)a[0], a[2], &m), moments_bf16((const bf16 *)a[0], a[2], &m));
+    return Py_BuildValue("(dddLL)", m.sum, m.squares, (double)m.absmax, (long long)m.zeros,
+                         (long long)m.nonfinite);
+}
+
+PyDoc_STRVAR(squares_doc, "squares(address, half, n) -> sum of squares");
+
+static PyObject *squares(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    size_t a[3];
+    double found;
+    if (addresses(args, given, 3, a)) return NULL;
+    RUN(a[1], a[2], found = squares_f32((const float *)a[0], a[2]),
+        found = squares_bf16((const bf16 *)a[0], a[2]));
+    return PyFloat_FromDouble(found);
+}
+
+PyDoc_STRVAR(pair_doc, "pair(address, address, half, n) -> (<x, y>, |x - y|^2)");
+
+static PyObject *pair(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    size_t a[4];
+    Pair p;
+    if (addresses(args, given, 4, a)) return NULL;
+    RUN(a[2], a[3], pair_f32((const float *)a[0], (const float *)a[1], a[3], &p),
+        pair_bf16((const bf16 *)a[0], (const bf16 *)a[1], a[3], &p));
+    return Py_BuildValue("(dd)", p.dot, p.difference);
+}
+
+PyDoc_STRVAR(rows_doc,
+             "rows(address, input or 0, half, sequences, tokens, d, rows between sequences, rows between "
+             "tokens) -> (fourth powers, squares about each row's mean, sum over sequences of |sum of "
+             "directions|^2, squares about each sequence's mean token, sum of cosines with the input, zero "
+             "rows, zero rows of the input)");
+
+static PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    size_t a[8];
+    Rows r;
+    if (addresses(args, given, 8, a)) return NULL;
+    double *scratch = malloc(2 * a[5] * sizeof *scratch);
+    if (!scratch) return PyErr_NoMemory();
+    RUN(a[2], a[3] * a[4] * a[5],
+        rows_f32((const float *)a[0], (const float *)a[1], a[3], a[4], a[5], a[6], a[7], scratch, &r),
+        rows_bf16((const bf16 *)a[0], (const bf16 *)a[1], a[3], a[4], a[5], a[6], a[7], scratch, &r));
+    free(scratch);
+    return Py_BuildValue("(dddddLL)", r.fourth, r.within, r.direction, r.centred, r.input,
+                         (long long)r.zero, (long long)r.zero_input);
+}
+
+PyDoc_STRVAR(together_doc,
+             "together(address, half, outer, samples, inner) -> sum of (sum_b x[outer, b, inner])^2");
+
+static PyObject *together(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    size_t a[5];
+    double found;
+    if (addresses(args, given, 5, a)) return NULL;
+    RUN(a[1], a[2] * a[3] * a[4], found = together_f32((const float *)a[0], a[2], a[3], a[4]),
+        found = together_bf16((const bf16 *)a[0], a[2], a[3], a[4]));
+    return PyFloat_FromDouble(found);
+}
+
+PyDoc_STRVAR(pair_rows_doc,
+             "pair_rows(address of h, address of h' or F, half, rows, d, branch) -> sums over rows of cos(h, "
+             "h'), their angle, |F|/|h|, cos(F, h), and how many rows of h, h' or F, and F are zero");
+
+static PyObject *pair_rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    size_t a[6];
+    PairRows p;
+    if (addresses(args, given, 6, a)) return NULL;
+    RUN(a[2], a[3] * a[4],
+        pair_rows_f32((const float *)a[0], (const float *)a[1], a[3], a[4], (int)a[5], &p),
+        pair_rows_bf16((const bf16 *)a[0], (const bf16 *)a[1], a[3], a[4], (int)a[5], &p));
+    return Py_BuildValue("(ddddLLL)", p.cosine, p.angle, p.ratio, p.change_cosine, (long long)p.zero,
+                         (long long)p.zero_next, (long long)p.zero_change);
+}
+
+#define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))NAME, METH_FASTCALL, NAME##_doc}
+
+static PyMethodDef methods[] = {FAST(moments), FAST(squares),  FAST(pair),         FAST(rows),
+                                FAST(together), FAST(pair_rows), {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_one_pass", "One pass over a tensor for all of its statistics.", -1, methods,
+    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__one_pass(void) { return PyModule_Create(&module); }

@@ -1,0 +1,184 @@
+"""One pass over a tensor for all of its statistics: what the optional extension module computes.
+
+It takes what training on a CPU is made of: dense float32 and bfloat16 tensors without a mask, their
+features last. Everything else, and everything where the module was not built, takes torch's operations.
+Both ways are tested against the same twins. Sums are in float64, so that neither the range of float32
+nor cancellation matters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from gradscope.statistics import _one_pass as _built  # type: ignore[attr-defined]
+except ImportError:  # no compiler where it was installed
+    _built = None
+
+__all__ = ["PairRows", "Rows", "available", "moments", "pair", "pair_rows", "rows", "squares", "together"]
+
+_native: Any = _built
+_HALF: Final = {torch.float32: 0, torch.bfloat16: 1}
+#: From so many elements on torch's operations are faster where they may use several threads.
+_MANY: Final = 1 << 22
+# A variance below this share of the mean square is taken about the mean.
+_CANCELLATION: Final = 1e-7
+
+
+class Rows(NamedTuple):
+    """Sums over the positions of a tensor, see `rows`."""
+
+    fourth: float
+    within: float
+    direction: float
+    centred: float
+    input: float
+    zero: int
+    zero_input: int
+
+
+class PairRows(NamedTuple):
+    """Sums over the positions of two tensors, see `pair_rows`."""
+
+    cosine: float
+    angle: float
+    ratio: float
+    change_cosine: float
+    zero: int
+    zero_other: int
+    zero_change: int
+
+
+def available() -> bool:
+    """Whether the extension module was built."""
+    return _native is not None
+
+
+def _readable(x: Tensor, *others: Tensor) -> bool:
+    """Whether the memory of these tensors, of one shape and dtype, is what it takes."""
+    if _native is None or x.dtype not in _HALF:
+        return False
+    for t in (x, *others):
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            return False  # a subclass: its memory is not what it looks like
+        if not t.is_cpu or t.layout != torch.strided or t.is_neg() or t.dtype != x.dtype:
+            return False
+    if any(t.shape != x.shape for t in others):
+        return False
+    count = x.numel()
+    return 0 < count and (count <= _MANY or torch.get_num_threads() == 1)
+
+
+def moments(x: Tensor) -> list[float] | None:
+    """l2, count, mean, variance, absmax, zeros and nonfinite of all elements; None: not taken.
+
+    Args:
+        x: any tensor; not modified, not kept.
+    """
+    if not _readable(x):
+        return None
+    x = x.contiguous()
+    n = x.numel()
+    total, squared, absmax, zeros, nonfinite = _native.moments(x.data_ptr(), _HALF[x.dtype], n)
+    if nonfinite:
+        # NaN wins over infinity, as in the largest magnitude of torch.
+        return [absmax, float(n), total / n, math.nan, absmax, float(zeros), float(nonfinite)]
+    mean = total / n
+    if n < 2:
+        variance = math.nan
+    else:
+        spread = squared / n - mean * mean
+        if spread < _CANCELLATION * (squared / n):
+            variance = x.double().var().item()
+        else:
+            variance = spread * n / (n - 1)
+    return [math.sqrt(squared), float(n), mean, variance, absmax, float(zeros), 0.0]
+
+
+def squares(x: Tensor) -> float | None:
+    """The sum of the squares of all elements; None: not taken."""
+    if not _readable(x):
+        return None
+    x = x.contiguous()
+    return _native.squares(x.data_ptr(), _HALF[x.dtype], x.numel())
+
+
+def pair(x: Tensor, y: Tensor) -> tuple[float, float] | None:
+    """<x, y> and |x - y|^2 over all elements; None: not taken."""
+    if not _readable(x, y):
+        return None
+    x, y = x.contiguous(), y.contiguous()
+    return _native.pair(x.data_ptr(), y.data_ptr(), _HALF[x.dtype], x.numel())
+
+
+def rows(
+    x: Tensor, input: Tensor | None, sequences: int, tokens: int, *, tokens_first: bool
+) -> Rows | None:
+    """Sums over the positions of [..., features]; None: not taken.
+
+    Args:
+        x: the tensor; the positions are ``sequences`` times ``tokens``.
+        input: of the same shape, for the cosines of ``input``.
+        sequences: their number.
+        tokens: the number of each sequence's tokens.
+        tokens_first: whether x is [tokens, sequences, features].
+
+    Returns:
+        ``fourth`` powers of all elements, squares about each position's mean (``within``), the sum over
+        sequences of |sum_t x_t/|x_t||^2 (``direction``), squares about each sequence's mean token
+        (``centred``), the sum of cosines with ``input``, and how many positions of both are zero.
+    """
+    others = () if input is None else (input,)
+    if not _readable(x, *others):
+        return None
+    x = x.contiguous()
+    input = None if input is None else input.contiguous()
+    return Rows(
+        *_native.rows(
+            x.data_ptr(),
+            0 if input is None else input.data_ptr(),
+            _HALF[x.dtype],
+            sequences,
+            tokens,
+            x.shape[-1],
+            1 if tokens_first else tokens,
+            sequences if tokens_first else 1,
+        )
+    )
+
+
+def together(x: Tensor, axis: int) -> float | None:
+    """|sum over the samples on this axis|^2; None: not taken."""
+    if not _readable(x):
+        return None
+    x = x.contiguous()
+    outer, samples = math.prod(x.shape[:axis]), x.shape[axis]
+    inner = math.prod(x.shape[axis + 1 :])
+    return _native.together(x.data_ptr(), _HALF[x.dtype], outer, samples, inner)
+
+
+def pair_rows(h: Tensor, other: Tensor, *, branch: bool) -> PairRows | None:
+    """Sums over the positions of two tensors [..., features]; None: not taken.
+
+    Args:
+        h: the stream.
+        other: the next position h', with F = h' - h; or, of a ``branch``, F itself.
+        branch: which of the two.
+
+    Returns:
+        the sums of cos(h, h') and of their angle (not of a branch), of |F|/|h| and of cos(F, h), and how
+        many positions of h, of the other and of F are zero.
+    """
+    if not _readable(h, other):
+        return None
+    h, other = h.contiguous(), other.contiguous()
+    features = h.shape[-1]
+    count = h.numel() // features
+    found = _native.pair_rows(
+        h.data_ptr(), other.data_ptr(), _HALF[h.dtype], count, features, int(branch)
+    )
+    return PairRows(*found)
