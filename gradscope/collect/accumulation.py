@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradscope import statistics
 from gradscope.collect.parameters import Parameters
+from gradscope.collect.shards import local
 
 __all__ = ["Accumulation"]
 
@@ -48,7 +49,9 @@ class Accumulation:
             parameter = entry.tensor()
             gradient = None if parameter is None else parameter.grad
             # Only a gradient that was written to since is looked at.
-            if gradient is not None and (_mark(gradient) == left or statistics.norms([gradient])[0] != 0):
+            if gradient is not None and (
+                _mark(gradient) == left or statistics.norms([local(gradient)])[0] != 0
+            ):
                 return False
             gone = True
         return gone
@@ -64,4 +67,8 @@ class Accumulation:
 
 def _mark(gradient: Tensor) -> Mark:
     # Tensors made under inference_mode count no writes.
-    return id(gradient), _NO_VERSION if gradient.is_inference() else gradient._version
+    if gradient.is_inference():
+        return id(gradient), _NO_VERSION
+    # FSDP2 adds to the shard behind a DTensor, which counts for itself.
+    shard = local(gradient)
+    return id(gradient), gradient._version + (0 if shard is gradient else shard._version)

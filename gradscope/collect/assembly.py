@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradscope.collect import shards
+from gradscope.collect.merging import COLUMNS, Samples
 from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters, Readings
 from gradscope.collect.passes import LAST, Call, Pass
+from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
@@ -25,11 +29,8 @@ __all__ = ["Assembler"]
 _A: Final = len(ACTIVATION)
 #: By how many factors of the loss's scale a gradient's statistic is scaled.
 _POWER: Final = tuple({"signal": 1, "signal^2": 2}.get(STATISTICS[n].unit, 0) for n in GRADIENT)
-_COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
-    ("output_grad", n) for n in GRADIENT
-)
-_STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in _COLUMNS])
-_AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in _COLUMNS])
+_STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in COLUMNS])
+_AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in COLUMNS])
 _DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
 
@@ -44,9 +45,10 @@ class Assembler:
         parameters: the model's parameters.
         wanted: the chosen statistics.
         verified: for each branch site, whether the graph showed that its output is added.
+        cadence: when what is recorded.
         compiled: sites inside a compiled module, which no hook can see.
-        refusal: a reason for which no value is right (many ranks), or None.
         reached: whether a gradient ever came out of a compiled graph.
+        identity: what must be the same on all ranks, so that their values can be put side by side.
     """
 
     layers: Sequence[Layer]
@@ -54,10 +56,11 @@ class Assembler:
     parameters: Parameters
     wanted: frozenset[str]
     update: bool
+    cadence: Schedule
     verified: dict[int, bool] = field(default_factory=dict)
     compiled: frozenset[int] = frozenset()
-    refusal: str | None = None
     reached: bool = False
+    identity: str = ""
     _signature: Any = None
     _rows: Rows | None = None
     _take: np.ndarray | None = None
@@ -66,6 +69,10 @@ class Assembler:
     _parameter_groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        layers = [(x.name, x.type, x.trunk, x.block) for x in self.layers]
+        names = [entry.name for entry in self.parameters.entries]
+        same = (layers, names, sorted(self.wanted), self.update, self.cadence)
+        self.identity = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
         for i, entry in enumerate(self.parameters.entries):
             self._parameter_rows.extend(
                 (i, signal, n)
@@ -82,27 +89,37 @@ class Assembler:
             rows, of = np.asarray(pairs, dtype=np.int64).T
             self._parameter_groups[key] = (rows, of)
 
-    def step(
-        self,
-        passes: Sequence[Pass],
-        readings: Readings | None,
-        *,
-        skipped: bool,
-        **fields: Any,
-    ) -> Step:
-        """One `Step` of the Record. The passes' samples are pooled as one batch."""
+    def step(self, samples: Samples, *, refusal: str | None = None, **fields: Any) -> Step:
+        """One `Step` of the Record.
+
+        Args:
+            samples: of this rank, or of all.
+            refusal: a reason for which no value is right.
+            **fields: of the step.
+        """
+        signature = (samples.keys, samples.places)  # as mappings: layers left out change the order only
+        if signature != self._signature:
+            self._signature = signature
+            self._rows, self._take = self._table(*signature)
+        assert self._rows is not None and self._take is not None
+        values = np.concatenate([samples.value.reshape(-1)[self._take], samples.parameter_value])
+        words = np.concatenate([samples.why.reshape(-1)[self._take], samples.parameter_why])
+        if refusal is not None:
+            words[:] = refusal
+        fields.setdefault("loss", samples.loss)
+        if samples.scale is not None:
+            fields.setdefault("loss_scale", samples.scale)
+        status, statuses = self._statuses(words)
+        return Step.coded(self._rows, values, status, statuses, **fields)
+
+    def samples(self, passes: Sequence[Pass], readings: Readings | None, *, skipped: bool) -> Samples:
+        """The values of one step on this rank. The passes' samples are pooled as one batch."""
         readings = Readings() if readings is None else readings
         _to_host(passes, readings)
         for p in passes:
             self.reached = settle(p, self.layers) or self.reached
         keys, calls = self._keys(passes)
-        places = self._places(passes)
         value, why = self._samples(keys, calls, passes)
-        signature = (keys, places)  # compared as a mapping: layers left out change the order only
-        if signature != self._signature:
-            self._signature = signature
-            self._rows, self._take = self._table(keys, places)
-        assert self._rows is not None and self._take is not None
         parameter_value, parameter_why = self._parameter_values(readings)
         if skipped:
             # An overflow: the optimizer took no step, and the gradients are no one's gradients.
@@ -110,16 +127,34 @@ class Assembler:
             for (signal, _), (rows, _) in self._parameter_groups.items():
                 if signal in ("param_grad", "update"):
                     parameter_why[rows] = "skipped step"
-        values = np.concatenate([value.reshape(-1)[self._take], parameter_value])
-        words = np.concatenate([why.reshape(-1)[self._take], parameter_why])
-        if self.refusal is not None:
-            words[:] = self.refusal
         losses = [float(p.loss) for p in passes if p.loss is not None]
-        fields.setdefault("loss", sum(losses) / len(losses) if losses else None)
-        if readings.scale is not None:
-            fields.setdefault("loss_scale", float(readings.scale))
-        status, statuses = self._statuses(words)
-        return Step.coded(self._rows, values, status, statuses, **fields)
+        return Samples(
+            keys=keys,
+            places=self._places(passes),
+            value=value,
+            why=why,
+            parameter_value=parameter_value,
+            parameter_why=parameter_why,
+            loss=sum(losses) / len(losses) if losses else None,
+            scale=None if readings.scale is None else float(readings.scale),
+        )
+
+    def for_other_ranks(
+        self, samples: Samples, passes: Sequence[Pass], ranks: tuple[int, ...]
+    ) -> Samples:
+        """The same with what these ranks must know to put theirs beside it."""
+        held = [shards.copies(entry.tensor(), ranks) for entry in self.parameters.entries]
+        following: dict[tuple[int, int], tuple[int, int]] = {}
+        for state in (s for p in passes for s in p.trunks.values()):
+            for here, after in pairwise(state.calls):
+                following.setdefault((here.site, here.index), (after.site, after.index))
+        copies = np.array([held[i] for i, _, _ in self._parameter_rows], dtype=np.int64)
+        return replace(samples, copies=copies, following=following, identity=self.identity)
+
+    @property
+    def parameter_rows(self) -> list[tuple[str, str]]:
+        """Signal and statistic of each row of a parameter."""
+        return [(signal, statistic) for _, signal, statistic in self._parameter_rows]
 
     def _statuses(self, words: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         """The statuses as numbers and their words; most steps have those of an earlier one."""
@@ -218,8 +253,8 @@ class Assembler:
         self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values [keys, columns] and statuses ("" for ok) of the same shape."""
-        value = np.full((len(passes), len(keys), len(_COLUMNS)), np.nan)
-        why = np.full((len(keys), len(_COLUMNS)), "", dtype=object)
+        value = np.full((len(passes), len(keys), len(COLUMNS)), np.nan)
+        why = np.full((len(keys), len(COLUMNS)), "", dtype=object)
         for k, (site, _) in enumerate(keys):
             done = False
             for n, call in enumerate(calls[k]):
@@ -294,10 +329,10 @@ class Assembler:
             left_out = np.zeros_like(_AXIS_COLUMN) if stream else _STREAM_COLUMN
             if not stream and not (trunk and self.layers[site].branch is not None):
                 left_out = _STREAM_COLUMN | _AXIS_COLUMN
-            for column, (signal, statistic) in enumerate(_COLUMNS):
+            for column, (signal, statistic) in enumerate(COLUMNS):
                 if statistic in self.wanted and not left_out[column]:
                     entries.append((trunk, depth, name, kind, index, signal, statistic))
-                    take.append(k * len(_COLUMNS) + column)
+                    take.append(k * len(COLUMNS) + column)
         sites = {x.name: s for s, x in enumerate(self.layers)}
         sites |= {part: s for s, x in enumerate(self.layers) for part in x.parts}
         at = [_parameter_place(entry.owner, sites, places) for entry in self.parameters.entries]

@@ -20,6 +20,8 @@ Edge = tuple[type_node, int]
 _ADD: Final = "AddBackward0"
 _SUBTRACT: Final = "SubBackward0"
 _COMPILED: Final = "CompiledFunction"
+#: What FSDP2 puts around the inputs of a module, to hear of its backward: each comes out as it went in.
+_FSDP: Final = "RegisterPostBackwardFunctionBackward"
 # Operations that hand a gradient on element by element, unchanged.
 _RELABEL: Final = frozenset(
     {
@@ -49,13 +51,22 @@ def edge_of(tensor: Tensor) -> Edge | None:
     if not tensor.requires_grad:
         return None
     if tensor.grad_fn is not None:
-        return tensor.grad_fn, tensor.output_nr
+        return _behind_fsdp((tensor.grad_fn, tensor.output_nr))
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
 
+def _behind_fsdp(edge: Edge) -> Edge:
+    while edge[0].name() == _FSDP:
+        node, number = edge[0].next_functions[edge[1]]
+        if node is None:
+            break
+        edge = node, number
+    return edge
+
+
 def _next(edge: Edge) -> list[Edge]:
-    return [(n, i) for n, i in edge[0].next_functions if n is not None]
+    return [_behind_fsdp((n, i)) for n, i in edge[0].next_functions if n is not None]
 
 
 def has_unit_skip(output: Edge, source: Edge) -> bool | None:
@@ -86,7 +97,7 @@ def has_unit_skip(output: Edge, source: Edge) -> bool | None:
             if node is not None:
                 # alpha, and the sign, belong to the second operand only.
                 same = place == 0 or (name == _ADD and _alpha(edge[0]) == 1)
-                stack.append(((node, number), plain and same))
+                stack.append((_behind_fsdp((node, number)), plain and same))
     return paths == 1 and not stack
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from gradscope.collect.passes import Call, Pass, Slot
+from gradscope.record import Step
 
 __all__ = ["OpenStep"]
 
@@ -23,6 +24,8 @@ class OpenStep:
         stepped: whether its optimizers have stepped: the next forward begins another step.
         loss: the loss by the user's word.
         arrived: its samples in the order in which their gradients came.
+        settled: whether the ranks have met at its end.
+        pooled: the step with the values of all ranks, once they have.
     """
 
     passes: list[Pass] = field(default_factory=list)
@@ -32,6 +35,8 @@ class OpenStep:
     stepped: bool = False
     loss: float | None = None
     arrived: list[Slot] = field(default_factory=list)
+    settled: bool = False
+    pooled: Step | None = None
 
     @property
     def wall_time_s(self) -> float | None:

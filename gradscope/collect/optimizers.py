@@ -67,6 +67,8 @@ class Optimizers:
         self._overflows: list[Tensor | bool] = []
         self._early: dict[int, dict[str, Value]] = {}
         self._before: dict[int, Tensor] = {}
+        self._now: set[int] = set()
+        self._ever: set[int] = set()
         self.seen = False
         self.in_closure = False
         self.readings: Readings | None = None
@@ -88,12 +90,24 @@ class Optimizers:
         self._overflows = []
         self._early = {}
         self._before = {}
+        self._ever |= self._now
+        self._now = set()
         self.readings = None
         self.learning_rate = None
 
     def discard_readings(self) -> None:
         """The gradients that were read are thrown away."""
         self.readings = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all parameters that an optimizer has ever stepped are stepped in this step, too.
+
+        In the first step: all that require grad.
+        """
+        tensors = ((i, entry.tensor()) for i, entry in enumerate(self._parameters.entries))
+        expected = self._ever or {i for i, t in tensors if t is not None and t.requires_grad}
+        return self._now >= expected
 
     @property
     def skipped(self) -> bool:
@@ -167,8 +181,10 @@ class Optimizers:
 
     def end(self, optimizer: torch.optim.Optimizer) -> bool:
         """An optimizer has stepped; whether it held watched parameters and no other one stepped it."""
-        if not self._held(optimizer):
+        held = self._held(optimizer)
+        if not held:
             return False
+        self._now.update(held)
         if id(optimizer) in self._stepping:
             del self._stepping[self._stepping.index(id(optimizer)) :]
         if self._stepping:
@@ -202,6 +218,7 @@ class Optimizers:
         if not any(v.item() for v in found.values()):
             return False
         self.seen = True
+        self._now.update(self._held(optimizer))
         self._overflows.append(True)
         return True
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope import statistics
+from gradscope.collect.shards import Shard, fsdp_shards, local, thirds
 from gradscope.layers import named_layers
 from gradscope.record import STATISTICS
 from gradscope.statistics import Absent, Value
@@ -23,7 +24,7 @@ UPDATE: Final = tuple(n for n, s in STATISTICS.items() if "update" in s.signals)
 _THIRDS: Final = ("query_l2", "key_l2", "value_l2")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ParameterEntry:
     """One parameter, found again at each reading through the module that owns it.
 
@@ -33,6 +34,7 @@ class ParameterEntry:
         attribute: its name in the owner.
         module: weak reference to the owner.
         packing: the axis along which query, key and value lie one after the other; None otherwise.
+        shard: what stands behind it under FSDP2, which puts another tensor in its place in a forward.
     """
 
     name: str
@@ -40,9 +42,12 @@ class ParameterEntry:
     attribute: str
     module: weakref.ref[nn.Module]
     packing: int | None
+    shard: Shard | None = None
 
     def tensor(self) -> Tensor | None:
         """The parameter as it is now; None when it is gone."""
+        if self.shard is not None:
+            return self.shard.tensor()
         owner = self.module()
         return None if owner is None else owner._parameters.get(self.attribute)
 
@@ -64,6 +69,7 @@ class Parameters:
 
     def __init__(self, model: nn.Module) -> None:
         self.entries: list[ParameterEntry] = []
+        self._sharded = False
         seen: set[int] = set()
         for owner, module in named_layers(model).items():
             for attribute, parameter in module._parameters.items():
@@ -80,17 +86,27 @@ class Parameters:
                     )
                 )
 
+    def find_shards(self, model: nn.Module) -> None:
+        """Look again which parameters FSDP2 manages."""
+        shards = fsdp_shards(model)
+        if not shards and not self._sharded:
+            return
+        self._sharded = bool(shards)
+        for entry in self.entries:
+            module = entry.module()
+            entry.shard = None if module is None else shards.get((id(module), entry.attribute))
+
     def index(self) -> dict[int, int]:
         """The numbers of the entries by the identity of their tensors as they are now."""
         return {id(e.tensor()): i for i, e in enumerate(self.entries)}
 
     def read_gradients(self, scale: float | Tensor | None) -> Readings:
-        """The norms of all ``.grad`` as they are now, or why there is none."""
+        """The norms of all ``.grad`` as they are now, or why there is none; of shards, this rank's."""
         readings = Readings(scale=scale)
         count = len(self.entries)
         values = {name: [math.nan] * count for name in PARAM_GRAD}
         present: list[int] = []
-        gradients: list[Tensor] = []
+        whole: list[Tensor] = []
         for i, entry in enumerate(self.entries):
             parameter = entry.tensor()
             if parameter is None:
@@ -104,21 +120,23 @@ class Parameters:
                 readings.absent[i] = "no gradient path"
             else:
                 present.append(i)
-                gradients.append(gradient)
+                whole.append(gradient)
+        gradients = [local(gradient) for gradient in whole]
         readings.gradient = values  # type: ignore[assignment]
-        for i, gradient, norm in zip(present, gradients, statistics.norms(gradients), strict=True):
+        norms = statistics.norms(gradients)
+        for i, full, gradient, norm in zip(present, whole, gradients, norms, strict=True):
             readings.gradient["l2"][i] = norm
             bad = statistics.nonfinite(gradient, norm)
             readings.gradient["nonfinite"][i] = math.nan if isinstance(bad, Absent) else bad
             packing = self.entries[i].packing
             if packing is not None and gradient.layout == torch.strided:
-                thirds = statistics.norms(gradient.chunk(3, packing))
-                for name, third in zip(_THIRDS, thirds, strict=True):
-                    readings.gradient[name][i] = third
+                parts = statistics.norms(thirds(full, packing))
+                for name, part in zip(_THIRDS, parts, strict=True):
+                    readings.gradient[name][i] = part
         return readings
 
     def norms(self, indices: list[int], *, gradient: bool = False) -> dict[int, Value]:
-        """The norms of these parameters, or of their gradients where they have one."""
+        """The norms of these parameters, or of their gradients where there is one: this rank's shards."""
         tensors: list[Tensor] = []
         at: list[int] = []
         for i in indices:
@@ -126,21 +144,24 @@ class Parameters:
             value = parameter if parameter is None or not gradient else parameter.grad
             if value is not None:
                 at.append(i)
-                tensors.append(value)
+                tensors.append(local(value))
         return dict(zip(at, statistics.norms(tensors), strict=True))
 
     def snapshot(self, indices: list[int]) -> dict[int, Tensor]:
         """Copies of these parameters, to be compared and freed right after the optimizer's step."""
         found = {i: self.entries[i].tensor() for i in indices}
-        return {i: p.detach().clone() for i, p in found.items() if p is not None and p.requires_grad}
+        return {
+            i: local(p.detach()).clone() for i, p in found.items() if p is not None and p.requires_grad
+        }
 
     def changes(self, before: dict[int, Tensor]) -> dict[int, Value]:
         """Norms of the change of each parameter since its snapshot, which is used up."""
         at: list[int] = []
         for i in list(before):
-            now = self.entries[i].tensor()
+            parameter = self.entries[i].tensor()
+            now = None if parameter is None else local(parameter.detach())
             if now is not None and now.shape == before[i].shape:
-                before[i].sub_(now.detach())
+                before[i].sub_(now)
                 at.append(i)
         return dict(zip(at, statistics.norms([before[i] for i in at]), strict=True))
 

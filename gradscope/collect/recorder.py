@@ -12,22 +12,25 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradscope.collect import probes, voice
+from gradscope.collect import probes, shards, voice
 from gradscope.collect.accumulation import Accumulation
 from gradscope.collect.arguments import Mask, scalar_loss, valid_positions
 from gradscope.collect.assembly import Assembler
 from gradscope.collect.attachment import Attachment
 from gradscope.collect.faults import Faults
 from gradscope.collect.findings import Findings
+from gradscope.collect.merging import Samples, merged, packed, unpacked
 from gradscope.collect.open_step import OpenStep
 from gradscope.collect.optimizers import Optimizers
 from gradscope.collect.parameters import Parameters
 from gradscope.collect.passes import Pass, Slot
+from gradscope.collect.ranks import LOCAL, Ranks
 from gradscope.collect.sampling import Sampler
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.setting import (
@@ -36,7 +39,6 @@ from gradscope.collect.setting import (
     describe,
     forget_compiled_code,
     linear_sites,
-    refusal,
 )
 from gradscope.collect.storage import Storage
 from gradscope.collect.structure import Structure
@@ -116,6 +118,7 @@ class Recorder:
             max_bytes=max_bytes,
             voice=self._voice,
         )
+        self._ranks = Ranks(self._voice)
         self._mask = mask
         self._mask_seen = False
 
@@ -148,8 +151,8 @@ class Recorder:
             parameters=parameters,
             wanted=options.wanted,
             update=options.update,
+            cadence=self.schedule,
             compiled=compiled_sites(model, self.layers),
-            refusal=refusal(),
         )
         self._sampler = Sampler(
             self,
@@ -211,6 +214,7 @@ class Recorder:
         finally:
             self._attachment.remove()
             self._drop_step()
+            self._ranks.close()
             self._storage.close()
 
     # -- faults --------------------------------------------------------------------------------------
@@ -271,6 +275,7 @@ class Recorder:
         ):
             self._step.stepped = True
         if self._step.stepped:
+            self._meet_ranks()
             self._end_step()
         if self._optimizers.in_closure and self._step.with_gradient():
             # A closure that is evaluated again moves the parameters within one step: the first
@@ -302,6 +307,11 @@ class Recorder:
         # What the graph proves about blocks and branches was seen on others.
         self._sampler.slow = recording and (self._changed or self.schedule.slow(self.index))
         self._changed = self._changed and not recording
+        model = self._model()
+        if model is not None:
+            self._assembler.parameters.find_shards(model)
+            if self._ranks.begin(model, self._assembler.identity, self.index):
+                self._storage.note_parallelism(str(self._ranks.parallelism))
         self._optimizers.begin_step()
 
     def on_root_end(self, output: Any) -> None:
@@ -433,7 +443,9 @@ class Recorder:
             self._traced.take_gradients(mine, backward)
         if not self.forwards and self._step.newest in mine:
             self._step.newest = None
-        if self._accumulation.end() or self._optimizers.stepped_early:
+        model = self._model()
+        unreduced = model is not None and shards.unreduced(model)
+        if self._accumulation.end() or self._optimizers.stepped_early or unreduced:
             for p in mine:
                 p.accumulated = True
             self._optimizers.read_gradients(mine[-1].scale)
@@ -502,6 +514,39 @@ class Recorder:
         if not self._explicit:
             self._step.stepped = True
             self.listening = True
+            if self._optimizers.complete:
+                self._meet_ranks()
+
+    # -- ranks ---------------------------------------------------------------------------------------
+
+    def _meet_ranks(self) -> None:
+        """At the end of a step, which all ranks come to: pool its values, where all ranks watch."""
+        if not self._ranks.many or self._step.settled or self._step.began_s is None:
+            return
+        if probes.backward_id() != -1:
+            return  # an optimizer that steps inside the backward pass: when the next forward begins
+        self._step.settled = True
+        self.index += self._ranks.settle()
+        if self._step.recording and self._ranks.together:
+            self._step.pooled = self._pooled()
+        self._storage.note_parallelism(str(self._ranks.parallelism))
+
+    def _pooled(self) -> Step | None:
+        """The step with the values of all ranks; None where they could not be had."""
+        passes, ranks = self._step.passes_that_count(), self._ranks.parallelism.ranks
+        layout, rows = b"", None
+        try:
+            samples = self._samples(passes)
+            layout, rows = packed(self._assembler.for_other_ranks(samples, passes, ranks))
+        except Exception as error:
+            self._fault(-1, error)  # the others must hear of it
+        parts = self._ranks.exchange(self.index, layout, rows)
+        if parts is None:
+            return None
+        every = [unpacked(*part) for part in parts]
+        if any(other.identity != every[0].identity for other in every):
+            return None  # the model was changed, on one rank only
+        return self._stepped(merged(every, self._assembler.parameter_rows))
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -512,6 +557,7 @@ class Recorder:
         if self._step.began_s is not None:
             if loss is not None:
                 self._step.loss = float(loss)
+            self._meet_ranks()
             self._finish_step()
         self._step.stepped = False
         self.listening = True
@@ -534,6 +580,8 @@ class Recorder:
         """Put the loss beside the open step."""
         if self._step.began_s is not None:
             self._step.loss = float(loss)
+            if self._step.pooled is not None:
+                self._step.pooled = replace(self._step.pooled, loss=self._step.loss)
 
     def _end_step(self) -> None:
         """Finish the step inside of another handler, which an error here must not stop."""
@@ -568,20 +616,26 @@ class Recorder:
         if self._optimizers.seen and self.steps and not self._step.stepped:
             if not any(p.accumulated for p in passes) or self._accumulation.cleared():
                 return None  # after the last step: an evaluation, or gradients thrown away
+        if self._step.pooled is not None:
+            return replace(self._step.pooled, wall_time_s=self._step.wall_time_s)
         if not passes:
             return None
-        fields: dict[str, Any] = {}
-        if self._step.loss is not None:
-            fields["loss"] = self._step.loss
+        return self._stepped(self._samples(passes), LOCAL if self._ranks.many else None)
+
+    def _samples(self, passes: list[Pass]) -> Samples:
+        found = self._assembler.samples(
+            passes, self._optimizers.readings, skipped=self._optimizers.skipped
+        )
+        return found if self._step.loss is None else replace(found, loss=self._step.loss)
+
+    def _stepped(self, samples: Samples, refusal: str | None = None) -> Step:
         return self._assembler.step(
-            passes,
-            self._optimizers.readings,
-            skipped=self._optimizers.skipped,
+            samples,
+            refusal=refusal,
             step=self.index,
             replicate=self.replicate,
             wall_time_s=self._step.wall_time_s,
             learning_rate=self._optimizers.learning_rate,
-            **fields,
         )
 
     # -- reading -------------------------------------------------------------------------------------
@@ -605,7 +659,7 @@ class Recorder:
         step, rate = self._step, self._optimizers.learning_rate
         if not step.with_gradient():
             return None
-        state = (len(step.passes), self.backwards, step.stepped, rate, step.loss)
+        state = (len(step.passes), self.backwards, step.stepped, rate, step.loss, step.pooled is None)
         if self._cached is None or self._cached[0] != state:
             built = self.guarded(-1, self._build)
             if built is None:

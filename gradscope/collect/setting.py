@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradscope.errors import GradscopeError
-from gradscope.layers import Layer, named_layers
+from gradscope.layers import Layer, class_name, named_layers
 from gradscope.record import STATISTICS
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "device_of",
     "forget_compiled_code",
     "linear_sites",
-    "refusal",
 ]
 
 
@@ -54,7 +53,7 @@ def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
         if layer.is_block:
             blocks[layer.trunk] = blocks.get(layer.trunk, 0) + 1
     return {
-        "model": type(model).__name__,
+        "model": class_name(named_layers(model).get("", model)),
         "versions": {
             "gradscope": __version__,
             "torch": torch.__version__,
@@ -66,7 +65,8 @@ def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
         "activation_dtype": None,
         "autocast_dtype": None,
         "device": ", ".join(sorted({p.device.type for p in parameters})) or None,
-        "parallelism": "single process" if refusal() is None else "several processes",
+        # Seen in the first forward: the model may be wrapped after it is watched.
+        "parallelism": "single process",
         "seeds": {"torch": torch.initial_seed()},
         "mode": "train" if model.training else "eval",
         "loss_denominator": None,
@@ -75,14 +75,6 @@ def describe(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
         "flush_denormal": bool(torch.tensor(1e-45).mul(torch.ones(())).item() == 0.0),
         "trunks": blocks,
     }
-
-
-def refusal() -> str | None:
-    """The status of every value where one process sees only its share; None in a single process."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return "local"  # nothing is reduced over ranks: one rank's value is not the value
-    return None
 
 
 def compiled_sites(model: nn.Module, layers: Sequence[Layer]) -> frozenset[int]:

@@ -75,6 +75,13 @@ class Storage:
         if self.writer is not None:
             self.writer.amend({"loss_denominator": self.header["loss_denominator"]})
 
+    def note_parallelism(self, parallelism: str) -> None:
+        """Put into the header how the model is spread over ranks."""
+        if parallelism != self.header["parallelism"]:
+            self.header["parallelism"] = parallelism
+            if self.writer is not None:
+                self.writer.amend({"parallelism": parallelism})
+
     def note_dtypes(self, dtypes: Iterable[torch.dtype], autocast: Iterable[torch.dtype]) -> None:
         """Put the dtypes that activations came in, and those of autocast, into the header."""
         for key, seen in (("activation_dtype", dtypes), ("autocast_dtype", autocast)):

@@ -4,7 +4,7 @@
 features and tokens, and `selection` chooses layers by name, class or predicate.
 """
 
-from gradscope.layers.naming import callable_layers, named_layers
+from gradscope.layers.naming import callable_layers, class_name, named_layers
 from gradscope.layers.selection import Layer, Selection, select
 from gradscope.layers.trunks import Trunk, find_branches, find_trunks
 
@@ -13,6 +13,7 @@ __all__ = [
     "Selection",
     "Trunk",
     "callable_layers",
+    "class_name",
     "find_branches",
     "find_trunks",
     "named_layers",

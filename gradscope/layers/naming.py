@@ -10,7 +10,7 @@ from typing import Final
 
 from torch import nn
 
-__all__ = ["CONTAINERS", "callable_layers", "named_layers"]
+__all__ = ["CONTAINERS", "callable_layers", "class_name", "named_layers"]
 
 # The child that is transparent in a wrapper, by the wrapper's class name (no import needed).
 _WRAPPERS: Final = {
@@ -59,6 +59,14 @@ def _transparent_child(module: nn.Module) -> str | None:
         if child is not None and child in module._modules:
             return child
     return None
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of its class: under ``fully_shard``, that of the class which FSDP2 puts its own before."""
+    cls = type(module)
+    if len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule":
+        cls = cls.__bases__[1]
+    return cls.__name__
 
 
 def callable_layers(model: nn.Module) -> dict[str, nn.Module]:

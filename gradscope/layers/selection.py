@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradscope.errors import LayerError
-from gradscope.layers.naming import callable_layers, named_layers
+from gradscope.layers.naming import callable_layers, class_name, named_layers
 from gradscope.layers.tensor_axes import channels_first, token_axis
 from gradscope.layers.trunks import Trunk, find_trunks
 
@@ -120,7 +120,7 @@ def select(model: nn.Module, layers: Selection | None) -> tuple[tuple[Layer, nn.
             trunk, block, branch = place.get(name, ("", None, None))
             layer = Layer(
                 name=name,
-                type=type(module).__name__,
+                type=class_name(module),
                 trunk=trunk,
                 block=block,
                 branch=branch,

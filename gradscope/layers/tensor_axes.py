@@ -7,6 +7,8 @@ from typing import Final
 
 from torch import nn
 
+from gradscope.layers.naming import class_name
+
 __all__ = ["channels_first", "token_axis"]
 
 #: torch's own modules with channels on axis 1, by the numbers of axes of the output for which that holds.
@@ -60,7 +62,7 @@ def _own_axes(module: nn.Module) -> tuple[int, ...]:
 
 def token_axis(name: str, modules: dict[str, nn.Module]) -> int:
     """0 in and directly around an attention with ``batch_first=False``, else 1."""
-    if type(modules[name]).__name__.startswith(_TOKENS_FIRST):
+    if class_name(modules[name]).startswith(_TOKENS_FIRST):
         return 0
     inside = (m for m in modules[name].modules() if isinstance(m, nn.MultiheadAttention))
     beside = (

@@ -17,7 +17,7 @@ from typing import Final
 
 from torch import nn
 
-from gradscope.layers.naming import CONTAINERS, named_layers
+from gradscope.layers.naming import CONTAINERS, class_name, named_layers
 
 __all__ = ["Trunk", "find_branches", "find_trunks"]
 
@@ -164,7 +164,7 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
                 blocks = {n: m for n, m in blocks.items() if type(m) is common[0][0]}
             elif len(blocks) < len(members):
                 continue
-            elif len({type(m) for m in blocks.values()}) > 1 and not all(
+            elif len({class_name(m) for m in blocks.values()}) > 1 and not all(
                 _has_attention(m) for m in blocks.values()
             ):
                 # T5's inner list [self-attention, feed-forward] is one block, not a stack of two.
@@ -177,7 +177,7 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
                 attention=all(_has_attention(m) for m in blocks.values()),
                 leaves=False,
                 parameters=sum(p.numel() for m in blocks.values() for p in m.parameters()),
-                block_type=type(next(iter(blocks.values()))).__name__,
+                block_type=class_name(next(iter(blocks.values()))),
             )
 
 

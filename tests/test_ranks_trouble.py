@@ -1,0 +1,261 @@
+"""Ranks that do not do the same: nothing hangs, and what is not of the whole batch is not said to be."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_processes import BLOCKS, STEPS, alone, batches, loss_of, net, run, sgd, share, train
+from test_ranks import data, keyed, same_as_alone
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import gradscope
+
+
+def one_watches(rank: int) -> Any:
+    model = DDP(net())
+    if rank == 0:
+        return train(model, data(rank))
+    optimizer = sgd(model)
+    for batch in data(rank):
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return None
+
+
+def one_reads_and_leaves(rank: int) -> Any:
+    """Rank 0 reads in the middle of a step and after it, and ends its watch after two steps."""
+    model = DDP(net())
+    optimizer = sgd(model)
+    scope = gradscope.watch(model, warn=False)
+    read: list[gradscope.Record] = []
+    for n, batch in enumerate(data(rank)):
+        loss_of(model, batch).backward()
+        if rank == 0 and n == 0:
+            read.append(scope.record)
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank == 0 and n == 0:
+            read.append(scope.record)
+        if rank == 0 and n == 1:
+            scope.close()
+    dist.barrier()
+    scope.close()
+    return [*read, scope.record]
+
+
+def one_raises(rank: int) -> Any:
+    """Rank 1 gives up between the backward pass and the optimizer's step."""
+    model = DDP(net())
+    optimizer = sgd(model)
+    started = 0.0
+    scope = gradscope.watch(model, warn=False)
+    with contextlib.suppress(KeyError), scope:
+        for n, batch in enumerate(data(rank)[:2]):
+            loss_of(model, batch).backward()
+            if rank == 1 and n == 1:
+                raise KeyError("a bad batch")
+            started = time.monotonic()
+            optimizer.step()
+            optimizer.zero_grad()
+    waited = time.monotonic() - started
+    dist.barrier()
+    return scope.record, waited
+
+
+def raises_at_once(rank: int) -> Any:
+    """The same in the first step: no group is there yet."""
+    model = DDP(net())
+    optimizer = sgd(model)
+    scope = gradscope.watch(model, warn=False)
+    with contextlib.suppress(KeyError), scope:
+        loss_of(model, data(rank)[0]).backward()
+        if rank == 1:
+            raise KeyError("a bad batch")
+        optimizer.step()
+    dist.barrier()
+    return scope.record
+
+
+def other_options(rank: int) -> Any:
+    return train(DDP(net()), data(rank), every=1 + rank)
+
+
+def other_layers(rank: int) -> gradscope.Record:
+    """In step 1, rank 1 leaves a block out."""
+    model = DDP(net(), find_unused_parameters=True)
+    seen = 0
+
+    def loss(ddp: Any, batch: Any) -> Any:
+        nonlocal seen
+        ddp.module.skip = 1 if rank == 1 and seen == 1 else None
+        seen += 1
+        return loss_of(ddp, batch)
+
+    return train(model, data(rank), loss=loss)
+
+
+def never_reduced(rank: int) -> gradscope.Record:
+    model = DDP(net())
+    return train(model, data(rank), sync=lambda last: model.no_sync())
+
+
+def halves(model: nn.Module) -> list[torch.optim.Optimizer]:
+    weights = list(model.parameters())
+    return [torch.optim.SGD(part, lr=0.1) for part in (weights[::2], weights[1::2])]
+
+
+def two_optimizers(rank: int) -> gradscope.Record:
+    return train(DDP(net()), data(rank), optimizers=halves)
+
+
+def no_wrapper(rank: int) -> gradscope.Record:
+    return train(net(), data(rank))
+
+
+def joined(rank: int) -> gradscope.Record:
+    """Rank 1 is out of data one step earlier."""
+    model = DDP(net())
+    with model.join():
+        return train(model, data(rank)[: STEPS - rank])
+
+
+def every_other(rank: int) -> gradscope.Record:
+    return train(DDP(net()), data(rank), every=2, slow_every=1)
+
+
+CASES = {
+    "one watches": one_watches,
+    "one reads and leaves": one_reads_and_leaves,
+    "one raises": one_raises,
+    "raises at once": raises_at_once,
+    "other options": other_options,
+    "other layers": other_layers,
+    "never reduced": never_reduced,
+    "two optimizers": two_optimizers,
+    "no wrapper": no_wrapper,
+    "joined": joined,
+    "every other": every_other,
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    found = run(CASES, tmp_path_factory.mktemp("trouble"), seconds=120)
+    for name, both in found.items():
+        assert not any(isinstance(x, str) for x in both), (name, both)
+    return found
+
+
+def statuses(record: gradscope.Record, step: int) -> set[str]:
+    return set(record.table(step=step)["status"].tolist())
+
+
+def test_where_one_rank_watches_all_is_local(ranks: dict[str, list[Any]]) -> None:
+    record, said = ranks["one watches"][0]
+    assert len(record.steps) == STEPS
+    assert all(statuses(record, n) == {"local"} for n in range(STEPS))
+    assert len(said) == 1 and "not every rank watches" in said[0]
+    assert record.header["parallelism"] == "DDP, 2 ranks, local values"
+
+
+def test_reading_on_one_rank_waits_for_nobody(ranks: dict[str, list[Any]]) -> None:
+    early, late, record = ranks["one reads and leaves"][0]
+    assert statuses(early, 0) == {"local"}
+    same_as_alone(late, gradscope.Record(late.header, alone().steps[:1]))
+    assert [s.step for s in record.steps] == [0, 1]
+    (rest,) = ranks["one reads and leaves"][1]
+    assert "ok" in statuses(rest, 1) and statuses(rest, 2) == {"local"}
+
+
+def test_a_rank_that_raises_is_not_waited_for(ranks: dict[str, list[Any]]) -> None:
+    record, waited = ranks["one raises"][0]
+    assert "ok" in statuses(record, 0) and statuses(record, 1) == {"local"}
+    assert waited < 20
+    assert statuses(ranks["raises at once"][0][0], 0) == {"local"}
+
+
+def test_other_options_are_not_pooled(ranks: dict[str, list[Any]]) -> None:
+    for record, said in ranks["other options"]:
+        assert all(statuses(record, s.step) == {"local"} for s in record.steps)
+        assert len(said) == 1 and "in the same way" in said[0]
+
+
+def test_a_layer_that_ran_on_one_rank_only(ranks: dict[str, list[Any]]) -> None:
+    # Autograd, with each half through its own layers: the loss is the mean of the halves'.
+    model = net()
+    optimizer = sgd(model)
+    loss_of(model, batches()[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    outputs: dict[tuple[str, int], Any] = {}
+    total: Any = 0.0
+    for rank in (0, 1):
+        handles = []
+        for n, block in enumerate(model.blocks):
+
+            def keep(module: Any, args: Any, output: Any, key: Any = (f"blocks.{n}", rank)) -> None:
+                output.retain_grad()
+                outputs[key] = output
+
+            handles.append(block.register_forward_hook(keep))
+        model.skip = 1 if rank == 1 else None
+        total = total + loss_of(model, share(batches()[1], rank)) / 2
+        for handle in handles:
+            handle.remove()
+    total.backward()
+    for record, _ in ranks["other layers"]:
+        found = keyed(record, 1)
+        for n in range(BLOCKS):
+            parts = [outputs[k] for k in ((f"blocks.{n}", 0), (f"blocks.{n}", 1)) if k in outputs]
+            assert len(parts) == (1 if n == 1 else 2)
+            row = ("blocks", f"{n + 1.0}", f"blocks.{n}", "Block", "0")
+            whole = torch.cat([p.detach() for p in parts])
+            slope = torch.cat([p.grad for p in parts])
+            for signal, x in (("activation", whole), ("output_grad", slope)):
+                expected = {"l2": x.norm(), "mean": x.mean(), "variance": x.var(), "count": x.numel()}
+                for statistic, value in expected.items():
+                    got = found[*row, signal, statistic]
+                    assert got[1] == "ok" and got[0] == pytest.approx(float(value), rel=1e-9)
+            # Block 0 goes on to block 1 on one rank and to block 2 on the other.
+            pair = found[*row, "activation", "dot_next"]
+            assert (pair[1] == "local") == (n == 0)
+        gradients = {k: p.grad.norm().item() for k, p in model.named_parameters() if p.grad is not None}
+        for name, norm in gradients.items():
+            (got,) = (v for k, v in found.items() if k[2] == name and k[5:] == ("param_grad", "l2"))
+            assert got == (pytest.approx(norm, rel=1e-9), "ok")
+
+
+def test_gradients_that_nobody_reduced_are_local(ranks: dict[str, list[Any]]) -> None:
+    for record, _ in ranks["never reduced"]:
+        for key, (_, status) in keyed(record, 0).items():
+            if key[5:] == ("param_grad", "l2"):
+                assert status == "local", key
+            elif key[5:] == ("activation", "l2"):
+                assert status == "ok", key
+
+
+def test_two_optimizers_are_one_step(ranks: dict[str, list[Any]]) -> None:
+    single = alone(optimizers=halves)
+    for record, _ in ranks["two optimizers"]:
+        same_as_alone(record, single)
+
+
+def test_where_the_wrapper_is_unknown_all_is_local(ranks: dict[str, list[Any]]) -> None:
+    for name, why in (("no wrapper", "neither in"), ("joined", "join()")):
+        for record, said in ranks[name]:
+            assert record.steps
+            assert all(statuses(record, s.step) == {"local"} for s in record.steps)
+            assert len(said) == 1 and why in said[0]
+
+
+def test_only_recorded_steps_are_pooled(ranks: dict[str, list[Any]]) -> None:
+    single = alone(every=2, slow_every=1)
+    for record, _ in ranks["every other"]:
+        same_as_alone(record, single)
