@@ -5,6 +5,7 @@
     GradscopeError (Exception)
     ├── LayerError (ValueError)       the model's layers: no trunk, an unknown pattern
     ├── RecordError (ValueError)      a Record's content or its file: damaged, newer, overlapping
+    │   └── RecordInUseError          another process appends to the file
     ├── QuantityError (ValueError)    a derived quantity that a Record cannot give
     ├── MeasureError (RuntimeError)   an experiment that cannot be run on this model or batch
     └── StudyError (RuntimeError)     the study command cannot go on
@@ -21,6 +22,7 @@ __all__ = [
     "MeasureError",
     "QuantityError",
     "RecordError",
+    "RecordInUseError",
     "StudyError",
 ]
 
@@ -35,6 +37,18 @@ class LayerError(GradscopeError, ValueError):
 
 class RecordError(GradscopeError, ValueError):
     """A Record, or its file, cannot be used: damaged, of a newer schema, or overlapping another."""
+
+
+class RecordInUseError(RecordError):
+    """Another process, or another watch of this one, appends to the file now.
+
+    Attributes:
+        last_step: the largest step number in the file, or -1.
+    """
+
+    def __init__(self, message: str, last_step: int = -1) -> None:
+        super().__init__(message)
+        self.last_step = last_step
 
 
 class QuantityError(GradscopeError, ValueError):

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradscope.errors import GradscopeWarning, RecordError
+from gradscope.errors import GradscopeWarning, RecordError, RecordInUseError
 from gradscope.record import SIGNALS, STATISTICS, Record, RecordWriter, Rows, Step, thin
 
 COLUMNS = [
@@ -632,14 +632,32 @@ def test_a_whole_but_damaged_last_line_is_no_interruption(tmp_path):
 
 def test_one_number_for_two_row_tables_is_damage(tmp_path):
     # Two processes that write one file at once; values would be given to the wrong layers.
-    path = tmp_path / "r.jsonl"
-    first, second = RecordWriter(path, HEADER), RecordWriter(path, HEADER)
-    first.write(make_step(0))
-    second.write(make_step(1, rows=OTHER_ROWS))
-    first.close()
-    second.close()
+    path, other = tmp_path / "r.jsonl", tmp_path / "other.jsonl"
+    for file, step in ((path, make_step(0)), (other, make_step(1, rows=OTHER_ROWS))):
+        writer = RecordWriter(file, HEADER)
+        writer.write(step)
+        writer.close()
+    with path.open("ab") as both:
+        both.write(b"".join(other.read_bytes().splitlines(keepends=True)[1:]))
     with pytest.raises(RecordError, match="row table 0 is defined twice, differently"):
         Record.load(path)
+
+
+def test_a_file_has_one_writer_at_a_time(tmp_path):
+    path = tmp_path / "r.jsonl"
+    first = RecordWriter(path, HEADER)
+    first.write(make_step(4))
+    before = path.read_bytes()
+    with pytest.raises(RecordInUseError, match="being written by another watch") as refused:
+        RecordWriter(path, HEADER)
+    assert refused.value.last_step == 4
+    assert path.read_bytes() == before
+    first.write(make_step(5))
+    first.close()
+    second = RecordWriter(path, HEADER)
+    second.write(make_step(6))
+    second.close()
+    assert [s.step for s in Record.load(path).steps] == [4, 5, 6]
 
 
 NOT_RECORDS = {

@@ -89,12 +89,20 @@ class Assembler:
             rows, of = np.asarray(pairs, dtype=np.int64).T
             self._parameter_groups[key] = (rows, of)
 
-    def step(self, samples: Samples, *, refusal: str | None = None, **fields: Any) -> Step:
+    def step(
+        self,
+        samples: Samples,
+        *,
+        refusal: str | None = None,
+        parameters_too: bool = True,
+        **fields: Any,
+    ) -> Step:
         """One `Step` of the Record.
 
         Args:
             samples: of this rank, or of all.
             refusal: a reason for which no value is right.
+            parameters_too: whether those of parameters are not, either.
             **fields: of the step.
         """
         signature = (samples.keys, samples.places)  # as mappings: layers left out change the order only
@@ -105,7 +113,7 @@ class Assembler:
         values = np.concatenate([samples.value.reshape(-1)[self._take], samples.parameter_value])
         words = np.concatenate([samples.why.reshape(-1)[self._take], samples.parameter_why])
         if refusal is not None:
-            words[:] = refusal
+            words[: None if parameters_too else len(self._take)] = refusal
         fields.setdefault("loss", samples.loss)
         if samples.scale is not None:
             fields.setdefault("loss_scale", samples.scale)

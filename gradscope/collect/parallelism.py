@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from gradscope.collect import shards
 
-__all__ = ["SINGLE", "Parallelism", "joining", "parallelism_of"]
+__all__ = ["SINGLE", "UNWRAPPED", "Parallelism", "among_ranks", "joining", "parallelism_of", "reduces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Parallelism:
         return f"{self.kind}, {len(self.ranks)} ranks"
 
 
+#: The kind of a model that no wrapper of torch's ties to other processes.
+UNWRAPPED: Final = "several processes"
 SINGLE: Final = Parallelism("single process")
 
 
@@ -48,6 +52,8 @@ def parallelism_of(model: nn.Module) -> Parallelism:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return SINGLE
     me = (dist.get_rank(),)
+    if _in_pipeline():
+        return Parallelism("pipeline parallel", me, "a stage sees its micro-batches of the schedule only")
     fsdp1 = any(
         c.__name__ == "FullyShardedDataParallel" for m in model.modules() for c in type(m).__mro__
     )
@@ -62,7 +68,7 @@ def parallelism_of(model: nn.Module) -> Parallelism:
         return Parallelism("tensor parallel", me, "parameters are DTensors that FSDP2 does not manage")
     if wrapper is None:
         return Parallelism(
-            "several processes",
+            UNWRAPPED,
             me,
             "the model is neither in DistributedDataParallel nor under fully_shard",
         )
@@ -72,10 +78,36 @@ def parallelism_of(model: nn.Module) -> Parallelism:
     return Parallelism("DDP", ranks) if len(ranks) > 1 else SINGLE
 
 
+def among_ranks() -> bool:
+    """Whether this process is one of several ranks, or was started as one (``torchrun``)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+def _in_pipeline() -> bool:
+    """Whether a stage of a pipeline runs the model: no wrapper shows it, and it divides ``.grad``."""
+    stage = "torch.distributed.pipelining.stage"
+    if stage not in sys.modules:
+        return False
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == stage:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def joining(model: nn.Module) -> bool:
     """Whether the model runs inside of DDP's ``join()``."""
     wrapper = _ddp_around(model)
     return wrapper is not None and bool(wrapper._join_config.enable)
+
+
+def reduces(model: nn.Module) -> bool:
+    """Whether the backward pass of the forward that begins will leave DDP's mean in every ``.grad``."""
+    wrapper = _ddp_around(model)
+    return wrapper is not None and wrapper.require_backward_grad_sync and not wrapper.parameters_to_ignore
 
 
 def _ddp_around(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:

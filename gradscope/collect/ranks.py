@@ -23,7 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gradscope.collect.parallelism import SINGLE, Parallelism, joining, parallelism_of
+from gradscope.collect.parallelism import (
+    SINGLE,
+    UNWRAPPED,
+    Parallelism,
+    joining,
+    parallelism_of,
+    reduces,
+)
 from gradscope.collect.voice import Voice
 
 __all__ = ["LOCAL", "Ranks"]
@@ -50,13 +57,18 @@ class Ranks:
 
     Args:
         voice: says once why values are local.
+        alone: whether a model that is in no wrapper is this process's own: its batch is the whole batch.
 
     Attributes:
         parallelism: how the model is spread, as of the last forward.
+        replicated: whether parameters, and their gradients after a backward pass, are the same on all
+            ranks without any doing.
     """
 
-    def __init__(self, voice: Voice) -> None:
+    def __init__(self, voice: Voice, *, alone: bool = False) -> None:
         self.parallelism: Parallelism = SINGLE
+        self.replicated = False
+        self._alone = alone
         self._voice = voice
         self._key = ""
         self._first = 0
@@ -88,6 +100,8 @@ class Ranks:
         if self._given_up or (self._group is not None and not joining(model)):
             return False
         before, self.parallelism = self.parallelism, parallelism_of(model)
+        if self._alone and self.parallelism.kind == UNWRAPPED:
+            self.parallelism = SINGLE
         if self.parallelism == before:
             return False
         if self.many and self.parallelism.why:
@@ -96,6 +110,10 @@ class Ranks:
         elif self.many:
             self._announce(identity, index)
         return True
+
+    def begin_pass(self, model: nn.Module) -> None:
+        """A forward of the model begins."""
+        self.replicated = self.parallelism.kind == "DDP" and reduces(model)
 
     def _announce(self, identity: str, index: int) -> None:
         ranks = self.parallelism.ranks
@@ -127,7 +145,7 @@ class Ranks:
         if store.compare_set(f"{self._key}/answer", "", answer) != b"all":
             self._give_up("not every rank watches this model, or not in the same way")
             return 0
-        firsts = [int(store.get(key)) for key in keys]
+        firsts = [int(first) for first in store.multi_get(keys)]
         try:
             self._group = self._make_group(store)
         except Exception as error:

@@ -79,6 +79,8 @@ class Recorder:
         warn: whether to warn when a step turns non-finite or a layer dies.
         update: whether to measure update norms on slow steps (a copy of the parameters then).
         input_gradient: make a float trunk input require grad (for models that nobody else uses).
+        alone: other processes have no part in a model that is in no wrapper (for models that nobody
+            else uses).
         header: entries for the Record's header.
     """
 
@@ -96,6 +98,7 @@ class Recorder:
         update: bool = True,
         scaler: Any = None,
         input_gradient: bool = False,
+        alone: bool = False,
         header: Mapping[str, Any] | None = None,
     ) -> None:
         wanted = chosen_statistics(statistics)
@@ -118,7 +121,7 @@ class Recorder:
             max_bytes=max_bytes,
             voice=self._voice,
         )
-        self._ranks = Ranks(self._voice)
+        self._ranks = Ranks(self._voice, alone=alone)
         self._mask = mask
         self._mask_seen = False
 
@@ -258,6 +261,9 @@ class Recorder:
             return
         p.root_open = True
         self.forwards += 1
+        model = self._model()
+        if model is not None and self._ranks.many:
+            self._ranks.begin_pass(model)
         if self._mask is not None:
             try:
                 p.valid = valid_positions(self._mask, self._model(), args, kwargs)
@@ -620,7 +626,8 @@ class Recorder:
             return replace(self._step.pooled, wall_time_s=self._step.wall_time_s)
         if not passes:
             return None
-        return self._stepped(self._samples(passes), LOCAL if self._ranks.many else None)
+        refusal = LOCAL if self._ranks.many else None
+        return self._stepped(self._samples(passes), refusal)
 
     def _samples(self, passes: list[Pass]) -> Samples:
         found = self._assembler.samples(
@@ -632,6 +639,7 @@ class Recorder:
         return self._assembler.step(
             samples,
             refusal=refusal,
+            parameters_too=not self._ranks.replicated,
             step=self.index,
             replicate=self.replicate,
             wall_time_s=self._step.wall_time_s,

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from gradscope.collect.parallelism import among_ranks
 from gradscope.collect.voice import Voice
+from gradscope.errors import RecordInUseError
 from gradscope.record import Record, RecordWriter, Step, thin
 
 __all__ = ["Storage"]
@@ -34,7 +36,17 @@ class Storage:
     ) -> None:
         self.header = header
         self.steps: list[Step] = []
-        self.writer = None if path is None else RecordWriter(path, header)
+        self.writer: RecordWriter | None = None
+        self._continues = -1
+        if path is not None:
+            try:
+                self.writer = RecordWriter(path, header)
+                self._continues = self.writer.last_step
+            except RecordInUseError as error:
+                # Of the ranks of one machine that were all given the same path, one writes.
+                if not among_ranks():
+                    raise
+                self._continues = error.last_step
         self._bytes = 0
         self._max_bytes = max_bytes
         self._voice = voice
@@ -43,7 +55,7 @@ class Storage:
     @property
     def first_step(self) -> int:
         """The number of the first step to come: a resumed run continues its file's numbers."""
-        return 0 if self.writer is None else self.writer.last_step + 1
+        return self._continues + 1
 
     def add(self, step: Step) -> None:
         """Keep a finished step."""

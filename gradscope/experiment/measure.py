@@ -132,7 +132,9 @@ def _one(
 ) -> tuple[Step, dict[str, Any]]:
     gradients = [(p, p.grad) for p in model.parameters()]
     model.zero_grad(set_to_none=True)
-    recorder = Recorder(model, header=header, warn=False, update=False, input_gradient=True, **options)
+    recorder = Recorder(
+        model, header=header, warn=False, update=False, input_gradient=True, alone=True, **options
+    )
     recorder.replicate = replicate
     try:
         value = loss(model, batch)

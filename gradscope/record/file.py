@@ -32,7 +32,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from gradscope.errors import GradscopeWarning, RecordError
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+from gradscope.errors import GradscopeWarning, RecordError, RecordInUseError
 from gradscope.record.steps import KEYS, SCHEMA, STEP_FIELDS, Rows, Step
 
 __all__ = ["Contents", "RecordWriter", "checked_header", "header_line", "read_file", "step_lines"]
@@ -73,6 +78,7 @@ class RecordWriter:
         last_step: the largest step number already in the file, or -1.
 
     Raises:
+        RecordInUseError: another writer has the file.
         RecordError: the path holds something that is not a readable Record (it is left alone), or
             cannot be written.
     """
@@ -85,19 +91,29 @@ class RecordWriter:
         header = checked_header(header)
         resume = self.path.exists() and (self.path.is_dir() or self.path.stat().st_size > 0)
         contents = read_file(self.path) if resume else None
+        if contents is not None:
+            self.last_step = max((s.step for s in contents.steps), default=-1)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered, so that a step that failed halfway can be taken back.
             self._file = self.path.open("ab", buffering=0)
+            _lock(self._file)
             if contents is None:
                 self._end = 0
                 self._append(header_line(header))
                 return
-            self.last_step = max((s.step for s in contents.steps), default=-1)
             self._tables = contents.tables
             self._end = contents.end
             self._file.truncate(self._end)
             self._append((b"" if contents.closed else b"\n") + _line({"session": header}))
+        except BlockingIOError as error:
+            self._file, file = None, self._file
+            if file is not None:
+                file.close()
+            raise RecordInUseError(
+                f"{self.path} is being written by another watch. Give this one its own path=.",
+                self.last_step,
+            ) from error
         except OSError as error:
             self.close()
             raise RecordError(f"{self.path} cannot be written: {error.strerror}.") from error
@@ -135,6 +151,8 @@ class RecordWriter:
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._file is not None:
+            # By its own word: a forked process (a data loader's) may hold the file open for longer.
+            _lock(self._file, False)
             self._file.close()
             self._file = None
 
@@ -150,6 +168,22 @@ class RecordWriter:
                 self._file.truncate(self._end)
             raise
         self._end += len(data)
+
+
+def _lock(file: FileIO, lock: bool = True) -> None:
+    """Claim a file for this writer, or let go of it. Where the system knows no locks, nothing happens.
+
+    Raises:
+        BlockingIOError: another writer has it.
+    """
+    if fcntl is None or file.closed:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if lock else fcntl.LOCK_UN)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return  # a file system without locks
 
 
 def checked_header(header: Mapping[str, Any]) -> dict[str, Any]:

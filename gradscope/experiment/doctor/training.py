@@ -52,7 +52,7 @@ class Setup:
 
     def watch(self, model: nn.Module, **options: Any) -> Recorder:
         """Watch a copy as ``gradscope.watch`` does."""
-        return Recorder(model, layers=self.layers, warn=False, **options)
+        return Recorder(model, layers=self.layers, warn=False, alone=True, **options)
 
 
 @dataclass(slots=True)
