@@ -57,18 +57,15 @@ class Accumulation:
         return gone
 
     def _marks(self) -> list[Mark | None]:
-        marks: list[Mark | None] = []
-        for entry in self._parameters.entries:
-            parameter = entry.tensor()
-            gradient = None if parameter is None else parameter.grad
-            marks.append(None if gradient is None else _mark(gradient))
-        return marks
+        gradients = [None if p is None else p.grad for p in self._parameters.tensors()]
+        return [None if gradient is None else _mark(gradient) for gradient in gradients]
 
 
 def _mark(gradient: Tensor) -> Mark:
-    # Tensors made under inference_mode count no writes.
-    if gradient.is_inference():
+    try:
+        version = gradient._version
+    except RuntimeError:  # tensors made under inference_mode count no writes
         return id(gradient), _NO_VERSION
     # FSDP2 adds to the shard behind a DTensor, which counts for itself.
     shard = local(gradient)
-    return id(gradient), gradient._version + (0 if shard is gradient else shard._version)
+    return id(gradient), version + (0 if shard is gradient else shard._version)

@@ -22,7 +22,7 @@ from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
 from gradscope.record.steps import coded
-from gradscope.statistics import ACTIVATION, GRADIENT, NO_DIRECTION, Value, pool
+from gradscope.statistics import ACTIVATION, GRADIENT, NO_DIRECTION, Values, pool
 
 __all__ = ["Assembler"]
 
@@ -32,6 +32,7 @@ _POWER: Final = tuple({"signal": 1, "signal^2": 2}.get(STATISTICS[n].unit, 0) fo
 _STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in COLUMNS])
 _AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in COLUMNS])
 _DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
+_FLOATS: Final = {float}
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
 
 
@@ -311,7 +312,7 @@ class Assembler:
                     why[k, _A:] = reason
                 elif slot.gradient is not None:
                     value[n, k, _A:] = _unscaled(slot.gradient, passes[n].scale)
-                    for column, reason in slot.gradient_absent.items():
+                    for column, reason in (slot.gradient_absent or {}).items():
                         why[k, _A + column] = reason
             if not done:
                 why[k, :] = COMPILED if site in self.compiled else "not called"
@@ -353,7 +354,7 @@ class Assembler:
 
     def _parameter_values(self, readings: Readings) -> tuple[np.ndarray, np.ndarray]:
         """Values and statuses ("" for ok) of the parameter rows."""
-        tensors = [entry.tensor() for entry in self.parameters.entries]
+        tensors = self.parameters.tensors()
         if readings.gradient:
             # As they were then: the next forward finds other parameters where the model was changed.
             reasons = map(readings.absent.get, range(len(tensors)))
@@ -403,7 +404,7 @@ def _parameter_place(
         owner = owner.rpartition(".")[0]
 
 
-def _unscaled(gradient: list[Value], scale: Tensor | float | None) -> list[float]:
+def _unscaled(gradient: Values, scale: Tensor | float | None) -> list[float]:
     if scale is None:
         return gradient  # type: ignore[return-value]
     by = float(scale)
@@ -422,17 +423,22 @@ def _to_host(passes: Sequence[Pass], readings: Readings) -> None:
             if type(value) is not float and isinstance(value, Tensor):
                 waiting.setdefault(value.device, []).append((holder, key, value))
 
+    def look_at(values: Values) -> None:
+        if type(values) is list and set(map(type, values)) != _FLOATS:
+            look(values, enumerate(values))
+
     for p in passes:
         look(p, (("loss", p.loss), ("scale", p.scale)))
         for call in p.calls:
             for slot in call.slots:
-                look(slot, (("traced", slot.traced), ("traced_gradient", slot.traced_gradient)))
-                look(slot.values, enumerate(slot.values))
+                if slot.source is not None:
+                    look(slot, (("traced", slot.traced), ("traced_gradient", slot.traced_gradient)))
+                look_at(slot.values)
                 if slot.gradient is not None:
-                    look(slot.gradient, enumerate(slot.gradient))
+                    look_at(slot.gradient)
     look(readings, (("scale", readings.scale),))
     for column in readings.gradient.values():
-        look(column, enumerate(column))
+        look_at(column)
     for found in (readings.at_step, readings.weight, readings.update):
         look(found, found.items())
     for group in waiting.values():

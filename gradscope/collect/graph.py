@@ -125,7 +125,8 @@ def is_branch(branch: Edge, output: Edge, source: Edge) -> bool:
         seen.add((edge, added))
         if edge == branch:
             reached = reached or added
-            continue
+        if edge == branch or edge == source:
+            continue  # what is before the block is none of its branches
         name = edge[0].name()
         if name == _ADD:
             stack.extend((e, True) for e in _next(edge))

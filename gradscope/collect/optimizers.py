@@ -7,11 +7,12 @@ again just before the optimizer's step; updates are the difference to a copy tak
 
 from __future__ import annotations
 
-import copy
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -116,16 +117,17 @@ class Optimizers:
 
     # -- optimizers ----------------------------------------------------------------------------------
 
-    def _held(self, optimizer: torch.optim.Optimizer) -> list[int]:
-        """The numbers of the watched parameters that an optimizer holds."""
+    def _each_held(self, optimizer: torch.optim.Optimizer) -> Iterator[int]:
         entries = self._parameters.entries
-        held: list[int] = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 i = self._index_of.get(id(parameter))
                 if i is not None and entries[i].tensor() is parameter:
-                    held.append(i)
-        return sorted(held)
+                    yield i
+
+    def _held(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """The numbers of the watched parameters that an optimizer holds."""
+        return sorted(self._each_held(optimizer))
 
     def start(
         self, optimizer: torch.optim.Optimizer, *, closure: bool, recording: bool, slow: bool
@@ -138,15 +140,18 @@ class Optimizers:
             recording: whether the open step has anything recorded.
             slow: whether it gets the slow statistics.
         """
-        held = self._held(optimizer)
-        if not held:
+        if not self.holds(optimizer):
             return
         self.seen = True
         self.in_closure = closure
         self._stepping.append(id(optimizer))
         if closure or not recording:
             return  # what a closure computes is read at the end of its first backward pass
-        if probes.backward_id() != -1:
+        inside = probes.backward_id() != -1
+        if not (inside or slow):
+            return
+        held = self._held(optimizer)
+        if inside:
             self._read_early(held)
         if not slow:
             return
@@ -164,7 +169,7 @@ class Optimizers:
 
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps any watched parameter."""
-        return bool(self._held(optimizer))
+        return any(True for _ in self._each_held(optimizer))
 
     def read_at_step(self, optimizer: torch.optim.Optimizer, why: str) -> None:
         """Read what an optimizer finds, perhaps clipped; the gradients before that are absent.
@@ -181,10 +186,10 @@ class Optimizers:
 
     def end(self, optimizer: torch.optim.Optimizer) -> bool:
         """An optimizer has stepped; whether it held watched parameters and no other one stepped it."""
-        held = self._held(optimizer)
-        if not held:
+        if not self.holds(optimizer):
             return False
-        self._now.update(held)
+        if dist.is_available() and dist.is_initialized():
+            self._now.update(self._held(optimizer))
         if id(optimizer) in self._stepping:
             del self._stepping[self._stepping.index(id(optimizer)) :]
         if self._stepping:
@@ -231,9 +236,7 @@ class Optimizers:
 
     def _read_early(self, held: list[int]) -> None:
         """An optimizer steps inside the backward pass, and may clear ``.grad``: read it now."""
-        part = copy.copy(self._parameters)
-        part.entries = [self._parameters.entries[i] for i in held]
-        readings = part.read_gradients(None)
+        readings = self._parameters.part(held).read_gradients(None)
         for n, i in enumerate(held):
             if n not in readings.absent:
                 self._early[i] = {column: values[n] for column, values in readings.gradient.items()}

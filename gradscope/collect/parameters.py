@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Parameters:
     def __init__(self, model: nn.Module) -> None:
         self.entries: list[ParameterEntry] = []
         self._sharded = False
+        self._places: list[tuple[weakref.ref[nn.Module], str]] = []
         seen: set[int] = set()
         for owner, module in named_layers(model).items():
             for attribute, parameter in module._parameters.items():
@@ -85,6 +87,21 @@ class Parameters:
                         packing=_packing(module, attribute, parameter),
                     )
                 )
+        self._places = [(entry.module, entry.attribute) for entry in self.entries]
+
+    def part(self, indices: list[int]) -> Parameters:
+        """Some of them, in this order."""
+        found = copy.copy(self)
+        found.entries = [self.entries[i] for i in indices]
+        found._places = [self._places[i] for i in indices]
+        return found
+
+    def tensors(self) -> list[Tensor | None]:
+        """All of them as they are now; None where one is gone."""
+        if self._sharded:
+            return [entry.tensor() for entry in self.entries]
+        modules = ((reference(), attribute) for reference, attribute in self._places)
+        return [None if m is None else m._parameters.get(attribute) for m, attribute in modules]
 
     def find_shards(self, model: nn.Module) -> None:
         """Look again which parameters FSDP2 manages."""
@@ -98,7 +115,7 @@ class Parameters:
 
     def index(self) -> dict[int, int]:
         """The numbers of the entries by the identity of their tensors as they are now."""
-        return {id(e.tensor()): i for i, e in enumerate(self.entries)}
+        return {id(tensor): i for i, tensor in enumerate(self.tensors())}
 
     def read_gradients(self, scale: float | Tensor | None) -> Readings:
         """The norms of all ``.grad`` as they are now, or why there is none; of shards, this rank's."""
@@ -107,8 +124,7 @@ class Parameters:
         values = {name: [math.nan] * count for name in PARAM_GRAD}
         present: list[int] = []
         whole: list[Tensor] = []
-        for i, entry in enumerate(self.entries):
-            parameter = entry.tensor()
+        for i, parameter in enumerate(self.tensors()):
             if parameter is None:
                 readings.absent[i] = "not called"
                 continue
@@ -139,8 +155,9 @@ class Parameters:
         """The norms of these parameters, or of their gradients where there is one: this rank's shards."""
         tensors: list[Tensor] = []
         at: list[int] = []
+        everything = self.tensors()
         for i in indices:
-            parameter = self.entries[i].tensor()
+            parameter = everything[i]
             value = parameter if parameter is None or not gradient else parameter.grad
             if value is not None:
                 at.append(i)
@@ -149,21 +166,22 @@ class Parameters:
 
     def snapshot(self, indices: list[int]) -> dict[int, Tensor]:
         """Copies of these parameters, to be compared and freed right after the optimizer's step."""
-        found = {i: self.entries[i].tensor() for i in indices}
+        everything = self.tensors()
+        found = {i: everything[i] for i in indices}
         return {
             i: local(p.detach()).clone() for i, p in found.items() if p is not None and p.requires_grad
         }
 
     def changes(self, before: dict[int, Tensor]) -> dict[int, Value]:
         """Norms of the change of each parameter since its snapshot, which is used up."""
-        at: list[int] = []
+        found: dict[int, Value] = {}
+        everything = self.tensors()
         for i in list(before):
-            parameter = self.entries[i].tensor()
+            parameter = everything[i]
             now = None if parameter is None else local(parameter.detach())
             if now is not None and now.shape == before[i].shape:
-                before[i].sub_(now)
-                at.append(i)
-        return dict(zip(at, statistics.norms([before[i] for i in at]), strict=True))
+                found[i] = statistics.distance(before.pop(i), now)
+        return found
 
 
 def _packing(module: nn.Module, attribute: str, parameter: Tensor) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from gradscope.statistics import Value
+from gradscope.statistics import Values
 
 __all__ = ["LAST", "PAIR", "Call", "Pass", "Slot", "TrunkPass"]
 
@@ -30,10 +30,10 @@ class Slot:
     """
 
     site: int
-    values: list[Value]
+    values: Values
     absent: dict[int, str]
-    gradient: list[Value] | None = None
-    gradient_absent: dict[int, str] = field(default_factory=dict)
+    gradient: Values | None = None
+    gradient_absent: dict[int, str] | None = None
     backward: int | None = None
     repeated: bool = False
     stream: bool = False
@@ -41,7 +41,7 @@ class Slot:
     trunk: TrunkPass | None = None
     owner: Pass | None = None
     error: str | None = None
-    handles: list[Any] = field(default_factory=list)
+    handles: tuple[Any, ...] = ()
     source: Any = None
     traced: Any = None
     traced_gradient: Any = None
@@ -155,5 +155,5 @@ class Pass:
             for slot in call.slots:
                 for handle in slot.handles:
                     handle.remove()
-                slot.handles.clear()
+                slot.handles = ()
         self.aliases.clear()

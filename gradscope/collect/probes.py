@@ -36,7 +36,9 @@ __all__ = [
     "ScaleEndProbe",
     "ScaleProbe",
     "after_backward",
+    "all_tensors_in",
     "backward_id",
+    "dispatch_modes",
     "first_tensor",
     "in_transform",
     "note_root_in_a_graph",
@@ -153,7 +155,9 @@ class GradientProbe(_Probe):
         recorder = self._recorder()
         if recorder is not None and grad is not None:
             # The hook may sit on the base of a view, which has another shape.
-            recorder.guarded(self.site, recorder.on_gradient, self.slot, grad.reshape(self.shape))
+            if grad.shape != self.shape:
+                grad = grad.reshape(self.shape)
+            recorder.guarded(self.site, recorder.on_gradient, self.slot, grad)
 
 
 class BackwardProbe(_Probe):
@@ -282,7 +286,7 @@ def in_transform() -> bool:
         or torch._C._get_tracing_state() is not None
         or peek_interpreter_stack() is not None
         or _symbolic_trace._is_fx_tracing_flag
-        or (torch._C._len_torch_dispatch_stack() > 0 and _fake())
+        or (dispatch_modes() > 0 and _fake())
     )
 
 
@@ -291,13 +295,15 @@ def _fake() -> bool:
     return any(torch._C._get_dispatch_mode(k) is not None for k in (key.FAKE, key.PROXY, key.FUNCTIONAL))
 
 
+#: How many dispatch modes of the user's see every operation now.
+dispatch_modes: Final = torch._C._len_torch_dispatch_stack
+
+
 def unseen() -> contextlib.AbstractContextManager[Any]:
     """A context in which the user's dispatch modes do not see what gradscope computes.
 
     Selective checkpointing replays the operations that it saw; a profiler counts them.
     """
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return contextlib.nullcontext()
     return _disable_current_modes()
 
 
@@ -318,6 +324,13 @@ def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
     elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name, None), depth - 1)
+
+
+def all_tensors_in(value: Any) -> list[Tensor]:
+    """The same as a list, sooner where the value is a tensor itself."""
+    if type(value) is Tensor and value.is_floating_point() and not value.is_meta:
+        return [value]
+    return list(tensors_in(value))
 
 
 def first_tensor(args: Any, kwargs: Any) -> Tensor | None:

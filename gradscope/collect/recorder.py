@@ -224,16 +224,21 @@ class Recorder:
 
     def guarded(self, site: int, function: Callable[..., Any], *args: Any) -> Any:
         """Call a handler; an error in it is counted and warned of once, never raised."""
-        mode = torch.is_grad_enabled()
+        # Handlers run without grad; what the user's code runs under is what they ask. What the context
+        # managers would do is done by hand: this is the one place that every hook goes through.
+        mode = self._grad_mode = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
         try:
-            with torch.no_grad(), probes.unseen():
-                # Handlers run without grad; what the user's code runs under is what they ask.
-                self._grad_mode = mode
-                return function(*args)
+            if probes.dispatch_modes():
+                with probes.unseen():
+                    return function(*args)
+            return function(*args)
         except Exception as error:
             slot = next((a for a in args if isinstance(a, Slot)), None)
             self._fault(site, error, slot)
             return None
+        finally:
+            torch._C._set_grad_enabled(mode)
 
     def _fault(self, site: int, error: Exception, slot: Slot | None = None) -> None:
         self._faults.note(site, error, slot=slot, during=self._step.newest)
@@ -520,7 +525,7 @@ class Recorder:
         if not self._explicit:
             self._step.stepped = True
             self.listening = True
-            if self._optimizers.complete:
+            if self._ranks.many and self._optimizers.complete:
                 self._meet_ranks()
 
     # -- ranks ---------------------------------------------------------------------------------------

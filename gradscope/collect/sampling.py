@@ -147,7 +147,7 @@ class Sampler:
         p.counts[site] = call.index + 1
         p.calls.append(call)
         state = p.trunks.setdefault(layer.trunk, TrunkPass()) if layer.is_block else None
-        tensors = list(probes.tensors_in(output))
+        tensors = probes.all_tensors_in(output)
         # One that carries gradient is wanted; without any, the first one's activation is.
         carrying = [t for t in tensors if t.requires_grad] or tensors[:1]
         for i, tensor in enumerate(carrying):
@@ -244,7 +244,7 @@ class Sampler:
             wanted=self._wanted,
         )
         self.dtypes.add(tensor.dtype)
-        if torch.is_autocast_enabled(tensor.device.type):
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type):
             self.autocast_dtypes.add(torch.get_autocast_dtype(tensor.device.type))
         slot = Slot(site, values, absent, stream=state is not None, trunk=state, owner=p)
         if tensor.requires_grad:
@@ -268,7 +268,7 @@ class Sampler:
             return
         handle = tensor.register_hook(probe)
         if tensor.is_leaf:
-            slot.handles.append(handle)  # a leaf outlives its graph, and its hook would too
+            slot.handles = (*slot.handles, handle)  # a leaf outlives its graph, and its hook would too
 
     # -- the stream ----------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ class Sampler:
             return
         slot.backward = backward
         layer = self._layers[slot.site]
-        slot.gradient, slot.gradient_absent = statistics.measure(
+        slot.gradient, absent = statistics.measure(
             grad,
             GRADIENT,
             feature_axis=layer.feature_axis(grad.dim()),
@@ -360,6 +360,7 @@ class Sampler:
             stream=slot.stream,
             wanted=self._wanted,
         )
+        slot.gradient_absent = absent
         state = slot.trunk
         if not slot.stream or state is None:
             return
@@ -376,7 +377,7 @@ class Sampler:
             dot, difference = _GRADIENT_PAIR
             slot.gradient[dot], slot.gradient[difference] = statistics.relate(grad, held[0])
             return
-        slot.gradient_absent.update(dict.fromkeys(_GRADIENT_PAIR, reason))
+        absent.update(dict.fromkeys(_GRADIENT_PAIR, reason))
 
 
 def _replace(args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor) -> Any:

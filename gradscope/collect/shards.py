@@ -29,6 +29,8 @@ def _dtensor() -> Any:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, which may be empty; any other tensor itself."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return tensor
     kind, whole = _dtensor(), cast("Any", tensor)
     return whole.to_local() if kind is not None and isinstance(tensor, kind) else tensor
 

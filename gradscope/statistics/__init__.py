@@ -14,9 +14,10 @@ To add a statistic: one entry in `gradscope.record.STATISTICS` and one function,
 """
 
 from gradscope.statistics import slow as slow  # registers its kernels
-from gradscope.statistics.measurement import ACTIVATION, GRADIENT, measure
+from gradscope.statistics.measurement import ACTIVATION, GRADIENT, Values, measure
 from gradscope.statistics.moments import (
     difference_norm,
+    distance,
     inner_product,
     nonfinite,
     norms,
@@ -45,7 +46,9 @@ __all__ = [
     "Absent",
     "Sample",
     "Value",
+    "Values",
     "difference_norm",
+    "distance",
     "inner_product",
     "kernel",
     "measure",

@@ -144,38 +144,32 @@ typedef struct {
         }                                                                                              \
     }                                                                                                  \
                                                                                                        \
-    /* One position: sum of squares, fourth powers, and squares about the mean (all less the first     \
-       element, so that a large mean costs no digits). */                                              \
+    /* One position: sum of squares, fourth powers, and squares about the mean. */                     \
     VECTOR static double row_##SUFFIX(const T *x, size_t d, double *fourth, double *within) {          \
-        double squares[ROW_LANES] = {0}, fourths[ROW_LANES] = {0}, sums[ROW_LANES] = {0},              \
-               others[ROW_LANES] = {0};                                                                \
-        double first = (double)load_##SUFFIX(x);                                                       \
+        double squares[ROW_LANES] = {0}, fourths[ROW_LANES] = {0}, sums[ROW_LANES] = {0};              \
         size_t i = 0;                                                                                  \
         for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
             for (int k = 0; k < ROW_LANES; k++) {                                                      \
                 double value = (double)load_##SUFFIX(x + i + k);                                       \
-                double square = value * value, less = value - first;                                   \
+                double square = value * value;                                                         \
                 squares[k] += square;                                                                  \
                 fourths[k] += square * square;                                                         \
-                sums[k] += less;                                                                       \
-                others[k] += less * less;                                                              \
+                sums[k] += value;                                                                      \
             }                                                                                          \
         for (; i < d; i++) {                                                                           \
             double value = (double)load_##SUFFIX(x + i);                                               \
-            double square = value * value, less = value - first;                                       \
+            double square = value * value;                                                             \
             squares[0] += square;                                                                      \
             fourths[0] += square * square;                                                             \
-            sums[0] += less;                                                                           \
-            others[0] += less * less;                                                                  \
+            sums[0] += value;                                                                          \
         }                                                                                              \
         for (int k = 1; k < ROW_LANES; k++) {                                                          \
             squares[0] += squares[k];                                                                  \
             fourths[0] += fourths[k];                                                                  \
             sums[0] += sums[k];                                                                        \
-            others[0] += others[k];                                                                    \
         }                                                                                              \
         *fourth += fourths[0];                                                                         \
-        *within += others[0] - sums[0] * sums[0] / (double)d;                                          \
+        *within += squares[0] - sums[0] * sums[0] / (double)d;                                         \
         return squares[0];                                                                             \
     }                                                                                                  \
                                                                                                        \

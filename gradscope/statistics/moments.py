@@ -15,6 +15,7 @@ from gradscope.statistics.sample import WIDE, Absent, Value
 __all__ = [
     "FOUND",
     "difference_norm",
+    "distance",
     "frobenius_norm",
     "inner_product",
     "moments_of",
@@ -169,6 +170,12 @@ def difference_norm(a: Tensor, b: Tensor) -> Value:
     return norm if math.isfinite(norm) else _norm_on_cpu(_flat(a).double() - _flat(b).double())
 
 
+def distance(a: Tensor, b: Tensor) -> Value:
+    """|a - b| of two tensors of one shape and any dtype; complex ones as real and imaginary parts."""
+    found = one_pass.pair(a, b)
+    return math.sqrt(found[1]) if found is not None else norms([a.detach() - b.detach()])[0]
+
+
 def frobenius_norm(x: Tensor) -> Value:
     """|x| over all elements, robust against under- and overflow. [...] -> []."""
     return _norm_on_cpu(_flat(x)) if x.device.type == "cpu" else robust_moments(x, None)["l2"]
@@ -193,7 +200,7 @@ def norms(tensors: Sequence[Tensor]) -> list[Value]:
     found: list[Value] = []
     left: list[int] = []
     for i, t in enumerate(tensors):
-        squares = one_pass.squares(t.detach())
+        squares = one_pass.squares(t)
         found.append(math.nan if squares is None else math.sqrt(squares))
         if squares is None:
             left.append(i)
@@ -229,7 +236,7 @@ def _norms_of_small(tensors: list[Tensor]) -> list[float]:
 
 def nonfinite(tensor: Tensor, norm: Value) -> Value | Absent:
     """Number of NaN or infinite elements; a finite norm proves that there are none."""
-    if isinstance(norm, float):
+    if type(norm) is float:
         if math.isfinite(norm):
             return 0.0
         values = _dense(tensor.detach())

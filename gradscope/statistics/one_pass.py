@@ -58,19 +58,22 @@ def available() -> bool:
     return _native is not None
 
 
-def _readable(x: Tensor, *others: Tensor) -> bool:
-    """Whether the memory of these tensors, of one shape and dtype, is what it takes."""
-    if _native is None or x.dtype not in _HALF:
-        return False
-    for t in (x, *others):
-        if type(t) is not Tensor and type(t) is not nn.Parameter:
-            return False  # a subclass: its memory is not what it looks like
-        if not t.is_cpu or t.layout != torch.strided or t.is_neg() or t.dtype != x.dtype:
-            return False
-    if any(t.shape != x.shape for t in others):
-        return False
-    count = x.numel()
-    return 0 < count and (count <= _MANY or torch.get_num_threads() == 1)
+def _readable(x: Tensor) -> bool:
+    """Whether the memory of this tensor is what it takes."""
+    return (
+        _native is not None
+        and (type(x) is Tensor or type(x) is nn.Parameter)  # a subclass: not what it looks like
+        and x.dtype in _HALF
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and 0 < (count := x.numel())
+        and (count <= _MANY or torch.get_num_threads() == 1)
+    )
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return _readable(x) and _readable(y) and x.dtype == y.dtype and x.shape == y.shape
 
 
 def moments(x: Tensor) -> list[float] | None:
@@ -109,7 +112,7 @@ def squares(x: Tensor) -> float | None:
 
 def pair(x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """<x, y> and |x - y|^2 over all elements; None: not taken."""
-    if not _readable(x, y):
+    if not _alike(x, y):
         return None
     x, y = x.contiguous(), y.contiguous()
     return _native.pair(x.data_ptr(), y.data_ptr(), _HALF[x.dtype], x.numel())
@@ -132,8 +135,7 @@ def rows(
         sequences of |sum_t x_t/|x_t||^2 (``direction``), squares about each sequence's mean token
         (``centred``), the sum of cosines with ``input``, and how many positions of both are zero.
     """
-    others = () if input is None else (input,)
-    if not _readable(x, *others):
+    if not (_readable(x) if input is None else _alike(x, input)):
         return None
     x = x.contiguous()
     input = None if input is None else input.contiguous()
@@ -173,7 +175,7 @@ def pair_rows(h: Tensor, other: Tensor, *, branch: bool) -> PairRows | None:
         the sums of cos(h, h') and of their angle (not of a branch), of |F|/|h| and of cos(F, h), and how
         many positions of h, of the other and of F are zero.
     """
-    if not _readable(h, other):
+    if not _alike(h, other):
         return None
     h, other = h.contiguous(), other.contiguous()
     features = h.shape[-1]
