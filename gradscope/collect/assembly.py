@@ -354,19 +354,19 @@ class Assembler:
 
     def _parameter_values(self, readings: Readings) -> tuple[np.ndarray, np.ndarray]:
         """Values and statuses ("" for ok) of the parameter rows."""
-        tensors = self.parameters.tensors()
         if readings.gradient:
             # As they were then: the next forward finds other parameters where the model was changed.
-            reasons = map(readings.absent.get, range(len(tensors)))
-            frozen = np.array([reason == "frozen" for reason in reasons], dtype=bool)
             elements = np.asarray(readings.gradient["count"], dtype=float)
+            frozen = np.zeros(len(elements), dtype=bool)
+            frozen[[i for i, reason in readings.absent.items() if reason == "frozen"]] = True
         else:
+            tensors = self.parameters.tensors()
             frozen = np.array([t is not None and not t.requires_grad for t in tensors], dtype=bool)
             elements = np.array([math.nan if t is None else t.numel() for t in tensors], dtype=float)
         values = np.full(len(self._parameter_rows), np.nan)
         why = np.full(len(self._parameter_rows), "", dtype=object)
         scale = 1.0 if readings.scale is None else float(readings.scale)
-        no_gradient = np.full(len(tensors), "", dtype=object)
+        no_gradient = np.full(len(elements), "", dtype=object)
         if not readings.gradient:
             no_gradient[:] = np.where(frozen, "frozen", "no gradient path")
         for i, reason in readings.absent.items():
@@ -383,8 +383,10 @@ class Assembler:
                     values[rows] = column if statistic == "nonfinite" else column / scale
             else:
                 found = later[statistic if signal == "param_grad" else signal]
-                values[rows] = [found.get(i, math.nan) for i in of.tolist()]
-                missing = np.array([i not in found for i in of.tolist()], dtype=bool)
+                missing = np.ones(len(of), dtype=bool)
+                if found:
+                    values[rows] = [found.get(i, math.nan) for i in of.tolist()]
+                    missing = np.array([i not in found for i in of.tolist()], dtype=bool)
                 reason = np.where(frozen[of] & (signal != "weight"), "frozen", "not sampled")
                 why[rows] = np.where(missing, reason, "")
         return values, why

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Final, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = ["UNKNOWN", "Shard", "copies", "fsdp_groups", "fsdp_shards", "local", "thirds", "unreduced"]
@@ -97,6 +98,8 @@ class Shard:
 
 def fsdp_groups(model: nn.Module) -> Iterator[Any]:
     """The parameter groups of FSDP2 in a model, each once."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     if "torch.distributed.fsdp._fully_shard._fully_shard" not in sys.modules:
         return
     from torch.distributed.fsdp import FSDPModule

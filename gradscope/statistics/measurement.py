@@ -72,7 +72,8 @@ def measure(
         values = array("d", (found[0], count, count / features, *found[2:], *plan.rest))
         absent = plan.absent.copy()
     else:
-        values = [math.nan] * len(columns)
+        filled: list[Value] = [math.nan] * len(columns)
+        values = filled
         sample = Sample.of(x, feature_axis=feature_axis, token_axis=token_axis, valid=valid, input=input)
         if isinstance(sample, Absent):
             return values, dict.fromkeys(range(len(columns)), sample.why)
@@ -85,13 +86,13 @@ def measure(
         sample.by_tokens = plan.by_tokens
         absent = plan.absent.copy()
         for i, name in enumerate(_MOMENTS):
-            values[i] = moments[name]
+            filled[i] = moments[name]
         for i, compute in plan.kernels:
             result = compute(sample)
             if isinstance(result, Absent):
                 absent[i] = result.why
             else:
-                values[i] = result
+                filled[i] = result
     if isinstance(count, float) and count == 1:
         absent[_VARIANCE] = "one element"
     return values, absent
