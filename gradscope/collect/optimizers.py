@@ -64,6 +64,7 @@ class Optimizers:
         self._scaler = scaler
         self._update = update
         self._index_of = parameters.index()
+        self._indexed = True
         self._stepping: list[int] = []
         self._overflows: list[Tensor | bool] = []
         self._early: dict[int, dict[str, Value]] = {}
@@ -77,9 +78,15 @@ class Optimizers:
 
     # -- the life of a step --------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
+    def begin_step(self, *, recording: bool) -> None:
         """A step begins: parameters may have been replaced since the last one."""
+        self._indexed = False
+        if recording:
+            self._look_again()
+
+    def _look_again(self) -> None:
         self._index_of = self._parameters.index()
+        self._indexed = True
 
     def begin_pass(self) -> None:
         """A forward begins: an optimizer that has not ended its step was cut off by an exception."""
@@ -169,6 +176,12 @@ class Optimizers:
 
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps any watched parameter."""
+        if any(True for _ in self._each_held(optimizer)):
+            return True
+        if self._indexed:
+            return False
+        # Steps that are not recorded are free of this, unless an optimizer holds none of what was there.
+        self._look_again()
         return any(True for _ in self._each_held(optimizer))
 
     def read_at_step(self, optimizer: torch.optim.Optimizer, why: str) -> None:

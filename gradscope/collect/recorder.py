@@ -323,7 +323,7 @@ class Recorder:
             self._assembler.parameters.find_shards(model)
             if self._ranks.begin(model, self._assembler.identity, self.index):
                 self._storage.note_parallelism(str(self._ranks.parallelism))
-        self._optimizers.begin_step()
+        self._optimizers.begin_step(recording=recording)
 
     def on_root_end(self, output: Any) -> None:
         """A forward of the watched model came to its end."""
