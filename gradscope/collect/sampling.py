@@ -259,9 +259,8 @@ class Sampler:
         probe = probes.GradientProbe(recorder, slot, tensor.shape)
         if slot.owner is not None and not slot.owner.root_open:
             slot.owner.graph.append(weakref.ref(probe))
-        base = tensor._base
-        own = base is not None and base.numel() == tensor.numel() and base.requires_grad
-        if slot.site in self._linear and base is not None and own:
+        base = tensor._base if slot.site in self._linear else None
+        if base is not None and base.numel() == tensor.numel() and base.requires_grad:
             # On [batch, tokens, features] a Linear returns a view of a tensor that nobody else has. An
             # in-place operation on a view (a ReLU) leaves its graph node behind, but not its base's.
             base.register_hook(probe)
