@@ -166,6 +166,14 @@ def test_what_it_cannot_read_is_left_to_torch(x: Any) -> None:
     assert one_pass.pair(x, x) is None
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+def test_memory_that_was_given_back_is_not_read(offset: int) -> None:
+    x = drawn(100)[offset:]
+    x.untyped_storage().resize_(0)
+    assert one_pass.moments(x) is None
+    assert one_pass.pair(x, drawn(100)[offset:]) is None
+
+
 def test_a_subclass_is_left_to_torch() -> None:
     class Mine(Tensor):
         pass

@@ -58,9 +58,9 @@ def available() -> bool:
     return _native is not None
 
 
-def _readable(x: Tensor) -> bool:
-    """Whether the memory of this tensor is what it takes."""
-    return (
+def _memory(x: Tensor) -> Tensor | None:
+    """The tensor in contiguous memory; None where this is not what it takes."""
+    if (
         _native is not None
         and (type(x) is Tensor or type(x) is nn.Parameter)  # a subclass: not what it looks like
         and x.dtype in _HALF
@@ -69,11 +69,18 @@ def _readable(x: Tensor) -> bool:
         and not x.is_neg()
         and 0 < (count := x.numel())
         and (count <= _MANY or torch.get_num_threads() == 1)
-    )
+        # Memory that was given back (a storage resized to nothing) lies at address 0.
+        and x.data_ptr() != x.storage_offset() * x.itemsize
+    ):
+        return x if x.is_contiguous() else x.contiguous()
+    return None
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
-    return _readable(x) and _readable(y) and x.dtype == y.dtype and x.shape == y.shape
+def _both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return None
+    first, second = _memory(x), _memory(y)
+    return None if first is None or second is None else (first, second)
 
 
 def moments(x: Tensor) -> list[float] | None:
@@ -82,11 +89,11 @@ def moments(x: Tensor) -> list[float] | None:
     Args:
         x: any tensor; not modified, not kept.
     """
-    if not _readable(x):
+    memory = _memory(x)
+    if memory is None:
         return None
-    x = x.contiguous()
     n = x.numel()
-    total, squared, absmax, zeros, nonfinite = _native.moments(x.data_ptr(), _HALF[x.dtype], n)
+    total, squared, absmax, zeros, nonfinite = _native.moments(memory.data_ptr(), _HALF[x.dtype], n)
     if nonfinite:
         # NaN wins over infinity, as in the largest magnitude of torch.
         return [absmax, float(n), total / n, math.nan, absmax, float(zeros), float(nonfinite)]
@@ -104,18 +111,16 @@ def moments(x: Tensor) -> list[float] | None:
 
 def squares(x: Tensor) -> float | None:
     """The sum of the squares of all elements; None: not taken."""
-    if not _readable(x):
-        return None
-    x = x.contiguous()
-    return _native.squares(x.data_ptr(), _HALF[x.dtype], x.numel())
+    memory = _memory(x)
+    return None if memory is None else _native.squares(memory.data_ptr(), _HALF[x.dtype], x.numel())
 
 
 def pair(x: Tensor, y: Tensor) -> tuple[float, float] | None:
     """<x, y> and |x - y|^2 over all elements; None: not taken."""
-    if not _alike(x, y):
+    both = _both(x, y)
+    if both is None:
         return None
-    x, y = x.contiguous(), y.contiguous()
-    return _native.pair(x.data_ptr(), y.data_ptr(), _HALF[x.dtype], x.numel())
+    return _native.pair(both[0].data_ptr(), both[1].data_ptr(), _HALF[x.dtype], x.numel())
 
 
 def rows(
@@ -135,14 +140,13 @@ def rows(
         sequences of |sum_t x_t/|x_t||^2 (``direction``), squares about each sequence's mean token
         (``centred``), the sum of cosines with ``input``, and how many positions of both are zero.
     """
-    if not (_readable(x) if input is None else _alike(x, input)):
+    memory, start = (_memory(x), None) if input is None else _both(x, input) or (None, None)
+    if memory is None:
         return None
-    x = x.contiguous()
-    input = None if input is None else input.contiguous()
     return Rows(
         *_native.rows(
-            x.data_ptr(),
-            0 if input is None else input.data_ptr(),
+            memory.data_ptr(),
+            0 if start is None else start.data_ptr(),
             _HALF[x.dtype],
             sequences,
             tokens,
@@ -155,12 +159,12 @@ def rows(
 
 def together(x: Tensor, axis: int) -> float | None:
     """|sum over the samples on this axis|^2; None: not taken."""
-    if not _readable(x):
+    memory = _memory(x)
+    if memory is None:
         return None
-    x = x.contiguous()
     outer, samples = math.prod(x.shape[:axis]), x.shape[axis]
     inner = math.prod(x.shape[axis + 1 :])
-    return _native.together(x.data_ptr(), _HALF[x.dtype], outer, samples, inner)
+    return _native.together(memory.data_ptr(), _HALF[x.dtype], outer, samples, inner)
 
 
 def pair_rows(h: Tensor, other: Tensor, *, branch: bool) -> PairRows | None:
@@ -175,12 +179,12 @@ def pair_rows(h: Tensor, other: Tensor, *, branch: bool) -> PairRows | None:
         the sums of cos(h, h') and of their angle (not of a branch), of |F|/|h| and of cos(F, h), and how
         many positions of h, of the other and of F are zero.
     """
-    if not _alike(h, other):
+    both = _both(h, other)
+    if both is None:
         return None
-    h, other = h.contiguous(), other.contiguous()
     features = h.shape[-1]
     count = h.numel() // features
     found = _native.pair_rows(
-        h.data_ptr(), other.data_ptr(), _HALF[h.dtype], count, features, int(branch)
+        both[0].data_ptr(), both[1].data_ptr(), _HALF[h.dtype], count, features, int(branch)
     )
     return PairRows(*found)
