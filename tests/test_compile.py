@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -550,3 +552,66 @@ def test_loss_scaling() -> None:
     (truth,) = torch.autograd.grad(loss, h)
     value = rows(scope.record)[0, "blocks.1", "Block", 0, "output_grad", "l2"]
     assert value == (pytest.approx(truth.norm().item(), rel=1e-5), "ok")
+
+
+@pytest.mark.parametrize("order", ["other first", "watched first"])
+def test_another_model_of_its_class_shares_no_code_with_it(order: str) -> None:
+    # Compiled code belongs to the class, and by torch's default has no guard on hooks.
+    option = torch._dynamo.config.skip_nnmodule_hook_guards
+    eager, _ = trained(steps=4)
+    other, model = Net(), Net()
+    run_other, run = whole(other), whole(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step_other(step: int) -> None:
+        run_other(100 * x_of(step)).square().mean().backward()
+        other.zero_grad()
+
+    if order == "other first":
+        step_other(0)
+    with gradscope.watch(model, layers="**") as scope:
+        for step in range(4):
+            if order == "other first":
+                step_other(step)
+            run(x_of(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step_other(step)
+        record = scope.record
+    assert eager is not None
+    assert_as_eager(record, eager, least=500)
+    assert torch._dynamo.config.skip_nnmodule_hook_guards is option
+
+
+def test_a_compiler_that_is_loaded_after_the_watch_began() -> None:
+    script = """
+import sys, torch, gradscope
+from torch import nn
+torch.manual_seed(0)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+model, other = Net(), Net()
+scope = gradscope.watch(model, layers="**")
+assert "torch._dynamo" not in sys.modules
+run, run_other = (torch.compile(m, backend="eager") for m in (model, other))
+x = torch.randn(2, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    run(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    run_other(x).sum().backward()
+table = scope.record.table()
+scope.close()
+chosen = (table["statistic"] == "l2") & (table["signal"] == "output_grad")
+print(sorted(set(table["status"][chosen])), chosen.sum())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("]")[0] == "['ok'", done.stdout + done.stderr

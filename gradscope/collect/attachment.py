@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradscope.collect import optimizers, probes, scaling
+from gradscope.collect import hook_guards, optimizers, probes, scaling
 from gradscope.layers import named_layers
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ class Attachment:
         model: the watched model.
         modules: the modules of the recorder's layers.
         traced: what the hooks measure inside of compiled graphs.
+
+    Attributes:
+        dropped: whether compiled code without guards on these hooks was dropped.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class Attachment:
         everywhere = optimizers.listen(recorder)
         self._handles.extend(everywhere)
         scaling.listen(recorder)
+        self.dropped = hook_guards.listen(recorder, model)
         # Global hooks: a recorder that dies with its model, unclosed, must not leave them behind.
         self._last_wills = (
             weakref.finalize(recorder, _remove, everywhere),
             weakref.finalize(recorder, scaling.restore),
+            weakref.finalize(recorder, hook_guards.restore),
         )
         self._recorder = weakref.ref(recorder)
 
@@ -68,6 +73,7 @@ class Attachment:
         recorder = self._recorder()
         if recorder is not None:
             scaling.silence(recorder)
+            hook_guards.silence(recorder)
 
 
 def _remove(handles: Sequence[Any]) -> None:

@@ -173,7 +173,7 @@ class Recorder:
 
     def _attach(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._attachment = Attachment(self, model, modules, self._traced)
-        if self._assembler.compiled and forget_compiled_code():
+        if self._assembler.compiled and (self._attachment.dropped or forget_compiled_code()):
             self._voice.say(*voice.compiled_before(len(self._assembler.compiled)))
 
     def _look_again(self) -> None:

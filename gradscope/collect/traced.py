@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from gradscope.collect import hook_guards
 from gradscope.collect.passes import Call, Pass, Slot, TrunkPass
 from gradscope.collect.setting import device_of
 from gradscope.layers import Layer
@@ -183,6 +184,7 @@ class Traced:
         self._shared.on = recording
         if "torch._dynamo" not in sys.modules or model is None:
             return  # nothing is compiled: nothing is held
+        hook_guards.apply(model)
         clock, device = self._shared.clock, device_of(model)
         if clock is None or device != clock.device:
             torch.compiler.allow_in_graph(_measure_in_graph)
