@@ -30,6 +30,10 @@ class Accumulation:
         self._parameters = parameters
         self._begin: list[Mark | None] = []
         self._end: list[Mark | None] = []
+        # One gradient that is not exactly zero, a small one, whose norm costs nothing.
+        self._witness: int | None = None
+        sizes = [0 if p is None else p.numel() for p in parameters.tensors()]
+        self._by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
 
     def begin(self) -> None:
         """A backward pass begins."""
@@ -38,23 +42,24 @@ class Accumulation:
     def end(self) -> bool:
         """A backward pass has ended; whether it wrote to any ``.grad``."""
         self._end = self._marks()
+        self._witness = next((i for i in self._by_size if self._is_left(i)), None)
         return self._end != self._begin
 
     def cleared(self) -> bool:
         """Whether all gradients that the last backward pass left are gone: None, or exactly zero."""
-        gone = False
-        for entry, left in zip(self._parameters.entries, self._end, strict=False):
-            if left is None:
-                continue
-            parameter = entry.tensor()
-            gradient = None if parameter is None else parameter.grad
-            # Only a gradient that was written to since is looked at.
-            if gradient is not None and (
-                _mark(gradient) == left or statistics.norms([local(gradient)])[0] != 0
-            ):
-                return False
-            gone = True
-        return gone
+        left = [i for i, mark in enumerate(self._end) if mark is not None]
+        if self._witness is not None:
+            # Not by the number of writes: what is written to ``.grad.data`` is not counted.
+            return not self._is_left(self._witness) and not any(map(self._is_left, left))
+        # All were exactly zero. Only of a gradient that was written to since it is known that it is new.
+        marks = self._marks()
+        return bool(left) and not any(marks[i] is not None and marks[i] == self._end[i] for i in left)
+
+    def _is_left(self, number: int) -> bool:
+        """Whether a parameter has a gradient that is not exactly zero."""
+        parameter = self._parameters.entries[number].tensor()
+        gradient = None if parameter is None else parameter.grad
+        return gradient is not None and statistics.norms([local(gradient)])[0] != 0
 
     def _marks(self) -> list[Mark | None]:
         gradients = [None if p is None else p.grad for p in self._parameters.tensors()]
