@@ -59,7 +59,7 @@ class Accumulation:
         """Whether a parameter has a gradient that is not exactly zero."""
         parameter = self._parameters.entries[number].tensor()
         gradient = None if parameter is None else parameter.grad
-        return gradient is not None and statistics.norms([local(gradient)])[0] != 0
+        return gradient is not None and bool(statistics.norms([local(gradient)])[0] != 0)
 
     def _marks(self) -> list[Mark | None]:
         gradients = [None if p is None else p.grad for p in self._parameters.tensors()]
