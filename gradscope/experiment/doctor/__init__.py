@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradscope.errors import LayerError, MeasureError
 from gradscope.experiment.batches import loss_or_own, own_random_state
 from gradscope.experiment.doctor.oracle import Expected, expected_values, wide
+from gradscope.experiment.doctor.ranks import over_ranks, spread
 from gradscope.experiment.doctor.report import Check, DoctorReport, SignalCheck, WrongValue
 from gradscope.experiment.doctor.traces import differences, traces
 from gradscope.experiment.doctor.training import (
@@ -52,6 +53,9 @@ def doctor(
     ::
 
         print(gradscope.doctor(model, batch, loss))
+
+    A model under DistributedDataParallel is judged as the module inside of it and by its values over all
+    ranks: every rank calls this then, on its own batch.
 
     Args:
         model: the model, in the mode in which it is trained.
@@ -104,6 +108,11 @@ def doctor(
     with torch.inference_mode(False), torch.enable_grad():
         say("values")
         signals, wrong, checks = _values(everything, dice)
+        ranks = spread(model)
+        if ranks is not None:
+            say("values over ranks")
+            pooled, more = over_ranks(ranks, everything, dice)
+            checks, wrong = [*checks, pooled], (*wrong, *more)
         say("bit-identity")
         checks += [bit_identity(setup, dice), hooks]
         with dice():
