@@ -492,3 +492,29 @@ def test_a_loss_denominator_that_changes_is_unknown(tmp_path: Path) -> None:
         scope.step(loss_denominator=11)
     assert scope.record.header["loss_denominator"] is None
     assert gradscope.Record.load(path).header["loss_denominator"] is None
+
+
+def test_an_output_is_saved_without_a_word() -> None:
+    model = stack()
+    with gradscope.watch(model, layers="**"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = model(batch(0))
+        buffer = io.BytesIO()
+        torch.save(output, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), output)
+
+
+def test_the_users_own_hooks_on_an_output_stay_theirs() -> None:
+    model = stack()
+    came: list[str] = []
+    with gradscope.watch(model, layers="**") as scope:
+        output = model(batch(0))
+        first = output.register_hook(lambda grad: came.append("first"))
+        output.register_hook(lambda grad: came.append("second"))
+        first.remove()
+        output.square().sum().backward()
+        expected = (2 * output).norm().item()
+        found = value(scope.record, "head", "output_grad")
+    assert came == ["second"]
+    assert found == pytest.approx(expected, rel=1e-6)

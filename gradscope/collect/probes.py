@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +43,7 @@ __all__ = [
     "first_tensor",
     "in_transform",
     "note_root_in_a_graph",
+    "put_on",
     "roots_in_graphs",
     "tensors_in",
     "unseen",
@@ -144,6 +146,8 @@ class GradientProbe(_Probe):
     """Tensor hook on a watched output."""
 
     __slots__ = ("shape", "slot")
+    # Else torch warns, when such an output is saved, that its hook is not.
+    __torch_unserializable__ = True
 
     def __init__(self, recorder: Recorder, slot: Slot, shape: torch.Size) -> None:
         super().__init__(recorder, slot.site)
@@ -164,6 +168,7 @@ class BackwardProbe(_Probe):
     """Tensor hook on an output of the model: a backward pass through its forward begins."""
 
     __slots__ = ("owner",)
+    __torch_unserializable__ = True
 
     def __init__(self, recorder: Recorder, owner: Pass) -> None:
         super().__init__(recorder)
@@ -254,6 +259,17 @@ for _function in (
         _function.__code__,
         _dynamo._FrameExecStrategy(_dynamo._FrameAction.SKIP, _dynamo._FrameAction.SKIP),
     )
+
+
+def put_on(tensor: Tensor, probe: GradientProbe) -> Any:
+    """Put a hook on a tensor that requires grad; returns the handle where it is a leaf."""
+    if tensor.is_leaf or type(tensor) is not Tensor or tensor._backward_hooks is not None:
+        return tensor.register_hook(probe)
+    # What register_hook does, less what a handle costs: a third of the hook's time where caches are cold.
+    tensor._backward_hooks = hooks = OrderedDict[Any, Any]()
+    tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
+    hooks[probe] = probe
+    return None
 
 
 # -- the engine ------------------------------------------------------------------------------------

@@ -263,9 +263,8 @@ class Sampler:
         if base is not None and base.numel() == tensor.numel() and base.requires_grad:
             # On [batch, tokens, features] a Linear returns a view of a tensor that nobody else has. An
             # in-place operation on a view (a ReLU) leaves its graph node behind, but not its base's.
-            base.register_hook(probe)
-            return
-        handle = tensor.register_hook(probe)
+            tensor = base
+        handle = probes.put_on(tensor, probe)
         if tensor.is_leaf:
             slot.handles = (*slot.handles, handle)  # a leaf outlives its graph, and its hook would too
 
