@@ -49,3 +49,11 @@ def test_the_calibration_is_that_of_the_benchmark() -> None:
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 11
     assert [row for row in rows if row not in found] == []
+
+
+def test_the_costs_are_those_of_the_benchmark() -> None:
+    found = (ROOT / "figures" / "overhead.md").read_text(encoding="utf-8").splitlines()
+    shown = README.split("## What it costs")[1].split("## Measure an architecture")[0]
+    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) == 16
+    assert [row for row in rows if row not in found] == []
