@@ -1,6 +1,6 @@
 """Times a watcher's hooks from torch's side: whatever it registers is wrapped in a timer.
 
-So nothing need be known of the watcher. What a hook costs beside its own code, torch's calling it, is
+So little need be known of the watcher. What a hook costs beside its own code, torch's calling it, is
 measured on hooks that do nothing, and multiplied by the number of calls.
 """
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 from torch.optim import optimizer as optim
+
+from gradscope.collect.probes import GradientProbe
 
 _MODULE_HOOKS = {
     "_forward_pre_hooks": "forward",
@@ -65,9 +67,9 @@ class Meter:
             return function
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            self.calls[kind] += 1
             if self._inside:
                 return function(*args, **kwargs)
+            self.calls[kind] += 1
             self._inside = True
             start = time.thread_time()
             try:
@@ -133,10 +135,14 @@ class Meter:
             return register(tensor, self.timed("tensor", hook))
 
         Tensor.register_hook = registered  # type: ignore[method-assign]
+        # gradscope puts its own hooks on tensors without register_hook.
+        called = GradientProbe.__call__
+        GradientProbe.__call__ = self.timed("tensor", called)  # type: ignore[method-assign]
         try:
             yield
         finally:
             Tensor.register_hook = register  # type: ignore[method-assign]
+            GradientProbe.__call__ = called  # type: ignore[method-assign]
 
 
 # -- hooks that do nothing -----------------------------------------------------------------------------
