@@ -25,7 +25,7 @@ def test_an_example_runs_as_written(number: int, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 def test_what_the_readme_links_to_exists() -> None:

@@ -13,7 +13,7 @@ from gradscope.layers.naming import callable_layers, class_name, named_layers
 from gradscope.layers.tensor_axes import channels_first, token_axis
 from gradscope.layers.trunks import Trunk, find_trunks
 
-__all__ = ["Layer", "Selection", "select"]
+__all__ = ["Layer", "Selection", "glob", "select"]
 
 #: What ``layers=`` accepts: a glob over names (``*`` is one name part, ``**`` any number), a module
 #: class, a predicate (name, module) -> bool, or several of them.
@@ -137,8 +137,8 @@ def _matching(modules: dict[str, nn.Module], layers: Selection, trunks: tuple[Tr
     chosen: set[str] = set()
     for pattern in patterns:
         if isinstance(pattern, str):
-            glob = _glob(pattern)
-            matched = {n for n in modules if glob.fullmatch(n)}
+            regular = glob(pattern)
+            matched = {n for n in modules if regular.fullmatch(n)}
         elif isinstance(pattern, type):
             matched = {n for n, m in modules.items() if isinstance(m, pattern)}
         elif callable(pattern):
@@ -167,7 +167,8 @@ def _no_match(pattern: object, modules: dict[str, nn.Module], trunks: tuple[Trun
     return said + ' "*" stands for one part of a name, "**" for any number of parts.'
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
+def glob(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a glob over dotted names: ``*`` is one part, ``**`` any number."""
     out = ""
     for token in re.split(r"(\*\*\.?|\.\*\*$|\*|\?)", pattern):
         if token == "**.":
