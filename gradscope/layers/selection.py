@@ -11,7 +11,7 @@ from torch import nn
 from gradscope.errors import LayerError
 from gradscope.layers.naming import callable_layers, class_name, named_layers
 from gradscope.layers.tensor_axes import channels_first, token_axis
-from gradscope.layers.trunks import Trunk, find_trunks
+from gradscope.layers.trunks import Trunk, find_trunks, parallel_lists
 
 __all__ = ["Layer", "Selection", "glob", "select"]
 
@@ -82,7 +82,8 @@ def select(model: nn.Module, layers: Selection | None) -> tuple[tuple[Layer, nn.
     if layers is None:
         if not trunks:
             raise LayerError(
-                f"No trunk found in {type(model).__name__}: none of its {len(modules)} modules is a "
+                _parts_only(model)
+                or f"No trunk found in {type(model).__name__}: none of its {len(modules)} modules is a "
                 "container of at least two repeated blocks, nor a stack of at least two weight layers. "
                 'Name the blocks: gradscope.watch(model, layers="path.to.blocks.*"), or watch every '
                 'module: layers="**".'
@@ -130,6 +131,18 @@ def select(model: nn.Module, layers: Selection | None) -> tuple[tuple[Layer, nn.
             )
             found.append((layer, module))
     return tuple(found)
+
+
+def _parts_only(model: nn.Module) -> str:
+    lists = next(iter(parallel_lists(model)), ())
+    if not lists:
+        return ""
+    return (
+        f"No block of {type(model).__name__} is a module: the parts of its blocks stand in lists beside "
+        f"each other ({', '.join(lists)}). Name the modules whose outputs are the stream, as the norms "
+        f'that end the blocks: gradscope.watch(model, layers="{lists[-1]}.*"), or watch every module: '
+        'layers="**".'
+    )
 
 
 def _matching(modules: dict[str, nn.Module], layers: Selection, trunks: tuple[Trunk, ...]) -> set[str]:

@@ -63,8 +63,14 @@ class _Candidate:
     attention: bool
     leaves: bool
     parameters: int
+    weights: int
     block_type: str
     parts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How much of a model it is. With attention by its layers, where a few wide ones weigh little."""
+        return self.weights if self.attention else self.parameters
 
 
 def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
@@ -78,7 +84,9 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
     stages.
     """
     layers = named_layers(model)
-    candidates = _without_nested(list(_block_lists(layers)), layers)
+    parts = tuple(f"{name}." for lists in parallel_lists(model) for name in lists)
+    candidates = [c for c in _block_lists(layers) if not c.blocks[0].startswith(parts)]
+    candidates = _without_nested(candidates, layers)
     if not candidates:
         # One block that is called again and again (ALBERT): depth is counted in calls.
         candidates = [c for c in _block_lists(layers, least=1) if c.attention]
@@ -89,7 +97,7 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
         best = max(candidates, key=lambda c: c.parameters)
         candidates = [c for c in candidates if c.block_type == best.block_type]
     else:
-        stacks = list(_stacks(layers))
+        stacks = [c for c in _stacks(layers) if not c.blocks[0].startswith(parts)]
         candidates = [max(stacks, key=lambda c: (len(c.blocks), c.parameters))] if stacks else []
     return tuple(
         Trunk(
@@ -129,17 +137,47 @@ def _is_block(module: nn.Module) -> bool:
     own = any(True for _ in module.parameters(recurse=False))
     return (
         not isinstance(module, CONTAINERS)
+        and type(module) is not nn.Module  # a bare holder of others, which is never called
         and _weight_modules(module) - own >= 1
         and bool(module._modules)
     )
 
 
 def _has_attention(module: nn.Module) -> bool:
-    return any(
-        _ATTENTION.search(type(m).__name__) or _ATTENTION.search(n.rpartition(".")[2])
-        for n, m in module.named_modules()
-        if n
+    return any(_is_attention(n.rpartition(".")[2], m) for n, m in module.named_modules() if n)
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    # A table of position biases is called after the attention that it is for.
+    return not isinstance(module, nn.Embedding) and bool(
+        _ATTENTION.search(class_name(module)) or _ATTENTION.search(name)
     )
+
+
+def parallel_lists(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Lists of equal length beside each other, of which one holds attentions and one feed-forwards.
+
+    Such a model (XLM) has the parts of its blocks at one index of several lists, and no module that
+    is a block. Where the stream is cannot be told from the tree: it depends on the order of the norms.
+    """
+    layers = named_layers(model)
+    found: list[tuple[str, ...]] = []
+    for name in layers:
+        by_length: dict[int, list[str]] = {}
+        for child, module in _children(layers, name).items():
+            if isinstance(module, nn.ModuleList) and len(module) >= 2:
+                by_length.setdefault(len(module), []).append(child)
+        for names in by_length.values():
+            first = {n: layers[_join(name, f"{n}.0")] for n in names if _join(name, f"{n}.0") in layers}
+            attention = {n for n, m in first.items() if _is_attention(n, m)}
+            feed_forward = {n for n, m in first.items() if _is_feed_forward(n, m)} - attention
+            if attention and feed_forward:
+                found.append(_names(name, names))
+    return tuple(found)
+
+
+def _is_feed_forward(name: str, module: nn.Module) -> bool:
+    return bool(_FEED_FORWARD.search(name) or _FEED_FORWARD.search(class_name(module)))
 
 
 def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Candidate]:
@@ -164,7 +202,7 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
                 blocks = {n: m for n, m in blocks.items() if type(m) is common[0][0]}
             elif len(blocks) < len(members):
                 continue
-            elif len({class_name(m) for m in blocks.values()}) > 1 and not all(
+            elif 1 < len({class_name(m) for m in blocks.values()}) == len(blocks) and not all(
                 _has_attention(m) for m in blocks.values()
             ):
                 # T5's inner list [self-attention, feed-forward] is one block, not a stack of two.
@@ -174,9 +212,10 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
             yield _Candidate(
                 name=trunk,
                 blocks=_names(name, blocks),
-                attention=all(_has_attention(m) for m in blocks.values()),
+                attention=any(_has_attention(m) for m in blocks.values()),
                 leaves=False,
                 parameters=sum(p.numel() for m in blocks.values() for p in m.parameters()),
+                weights=sum(_weight_modules(m) for m in blocks.values()),
                 block_type=class_name(next(iter(blocks.values()))),
             )
 
@@ -191,19 +230,18 @@ def _without_nested(candidates: list[_Candidate], layers: dict[str, nn.Module]) 
         if outer not in kept:
             continue
         inner = [c for c in kept if c is not outer and any(_inside(c.blocks[0], b) for b in outer.blocks)]
-        # Stages: every outer "block" is little more than a list of whole blocks, norms included.
+        # Stages: every outer "block" is little more than a list of whole blocks, norms included, and
+        # attention where the outer ones have it (the two feed-forwards of a conformer are no stage).
         stages = [
             c
             for c in inner
-            if any(
+            if c.attention >= outer.attention
+            and any(
                 _NORM.search(n.rpartition(".")[2]) for n, _ in layers[c.blocks[0]].named_modules() if n
             )
             and sum(_is_weight_layer(m) for m in layers[c.blocks[0]].modules() if not m._modules) >= 2
         ]
-        if (
-            2 * len(stages) > len(outer.blocks)
-            and 2 * sum(c.parameters for c in stages) > outer.parameters
-        ):
+        if 2 * len(stages) > len(outer.blocks) and 2 * sum(c.size for c in stages) > outer.size:
             kept = [c for c in kept if c is not outer]
         else:
             kept = [c for c in kept if c not in inner]
@@ -239,6 +277,7 @@ def _stacks(layers: dict[str, nn.Module]) -> Iterator[_Candidate]:
                     attention=False,
                     leaves=True,
                     parameters=sum(p.numel() for p in module.parameters()),
+                    weights=_weight_modules(module),
                     block_type="",
                 )
 
