@@ -7,6 +7,7 @@ slow statistics, the trunk's input until the end of the forward pass (for `input
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -105,8 +106,8 @@ class TrunkPass:
 class Pass:
     """One forward pass and what came back through it.
 
-    ``accumulated`` says that a backward pass through it wrote to ``.grad``; ``graph`` holds weak
-    references to hooks that live as long as its autograd graph.
+    ``thread`` is the one that its forward runs in. ``accumulated`` says that a backward pass through it
+    wrote to ``.grad``; ``graph`` holds weak references to hooks that live as long as its autograd graph.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -122,6 +123,17 @@ class Pass:
     error: str | None = None
     accumulated: bool = False
     graph: list[weakref.ref[Any]] = field(default_factory=list)
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def mine(self) -> bool:
+        """Whether its forward runs in the thread that asks."""
+        return self.thread == threading.get_ident()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it belongs to another thread that still runs."""
+        return not self.mine and self.thread in (t.ident for t in threading.enumerate())
 
     @property
     def complete(self) -> bool:

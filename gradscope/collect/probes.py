@@ -200,13 +200,17 @@ class ScaleProbe(_Probe):
 class ScaleEndProbe(_Probe):
     """Callback of the engine: the backward pass of a scaled loss came to its end."""
 
-    __slots__ = ()
+    __slots__ = ("backward",)
+
+    def __init__(self, recorder: Recorder, backward: int) -> None:
+        super().__init__(recorder)
+        self.backward = backward
 
     def __call__(self) -> None:
         """Called by the engine."""
         recorder = self._recorder()
         if recorder is not None:
-            recorder.on_scaled_backward_end()
+            recorder.on_scaled_backward_end(self.backward)
 
 
 class BackwardEndProbe(_Probe):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from gradscope.collect.parameters import Parameters
 from gradscope.collect.passes import Pass, Slot
 from gradscope.collect.ranks import LOCAL, Ranks
 from gradscope.collect.sampling import Sampler
+from gradscope.collect.scaling import ScaledBackwards
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.setting import (
     chosen_statistics,
@@ -135,10 +137,10 @@ class Recorder:
         self._step = OpenStep()
         self._explicit = False
         self._asked = False
-        self._scale: Tensor | None = None
+        self._scaled = ScaledBackwards()
         self._running: set[int] = set()
         self._cached: tuple[Any, Step] | None = None
-        self._grad_mode = True
+        self._here = threading.local()
         self._changed = False
         self._attach(model, modules)
 
@@ -226,7 +228,7 @@ class Recorder:
         """Call a handler; an error in it is counted and warned of once, never raised."""
         # Handlers run without grad; what the user's code runs under is what they ask. What the context
         # managers would do is done by hand: this is the one place that every hook goes through.
-        mode = self._grad_mode = torch.is_grad_enabled()
+        mode = self._here.grad_mode = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
             if probes.dispatch_modes():
@@ -239,6 +241,11 @@ class Recorder:
             return None
         finally:
             torch._C._set_grad_enabled(mode)
+
+    @property
+    def _grad_mode(self) -> bool:
+        """Whether the code that this thread's handler was called from runs with grad."""
+        return getattr(self._here, "grad_mode", True)
 
     def _fault(self, site: int, error: Exception, slot: Slot | None = None) -> None:
         self._faults.note(site, error, slot=slot, during=self._step.newest)
@@ -255,7 +262,7 @@ class Recorder:
         if probes.backward_id() != -1 or probes.in_transform():
             return
         last = self._step.newest
-        if last is not None and last.root_open:
+        if last is not None and last.root_open and (last.mine or self._grad_mode):
             # The last forward never came to its end: an exception. Half a record is no record.
             self._step.forget([last])
         if not self._grad_mode:
@@ -297,7 +304,7 @@ class Recorder:
         self._step.forget_the_cut_off()
         # Outside of any backward pass nothing runs; what is still noted was cut off by an exception.
         self._running.clear()
-        self._scale = None
+        self._scaled.forget_the_cut_off()
         changed = self.schedule.records(self.index) and self._structure.changed()
         if changed and root and self._step.began_s is None:
             self._look_again()
@@ -328,7 +335,9 @@ class Recorder:
     def on_root_end(self, output: Any) -> None:
         """A forward of the watched model came to its end."""
         p = self._step.newest
-        if p is None or not p.root_open or probes.backward_id() != -1 or not self._grad_mode:
+        if p is None or not p.root_open or not p.mine:
+            return
+        if probes.backward_id() != -1 or not self._grad_mode:
             return
         if output is None and sys.exc_info()[1] is not None:
             self._step.forget([p])  # the forward raised: half a record is no record
@@ -385,8 +394,9 @@ class Recorder:
     def _heard(self) -> bool:
         # Without grad only what runs inside a forward with grad counts (re-entrant checkpointing, a
         # part of the model under no_grad); everything else is an evaluation.
+        # While a forward runs, what another thread calls is none of it.
         p = self._step.newest
-        return self._grad_mode or (p is not None and p.root_open)
+        return p.mine if p is not None and p.root_open else self._grad_mode
 
     # -- backward ------------------------------------------------------------------------------------
 
@@ -414,8 +424,9 @@ class Recorder:
             self._running.add(backward)
             probes.after_backward(probes.BackwardEndProbe(self, backward), last=True)
         p.begun.add(backward)
-        if self._scale is not None:
-            p.scale = self._scale
+        scale = self._scaled.scale_of(backward)
+        if scale is not None:
+            p.scale = scale
         return p in self._step.passes
 
     def _settle_what_came_before(self, p: Pass) -> None:
@@ -436,12 +447,13 @@ class Recorder:
 
     def on_scaled_backward(self, scale: Tensor) -> None:
         """The backward pass of a scaled loss begins."""
-        self._scale = scale
-        probes.after_backward(probes.ScaleEndProbe(self))
+        backward = probes.backward_id()
+        self._scaled.begin(backward, scale)
+        probes.after_backward(probes.ScaleEndProbe(self, backward))
 
-    def on_scaled_backward_end(self) -> None:
+    def on_scaled_backward_end(self, backward: int) -> None:
         """The backward pass of a scaled loss came to its end."""
-        self._scale = None
+        self._scaled.end(backward)
 
     def on_backward_end(self, backward: int) -> None:
         """A backward pass came to its end: gradients are final, and not yet clipped."""
@@ -670,8 +682,8 @@ class Recorder:
 
     def _open_step(self) -> Step | None:
         step, rate = self._step, self._optimizers.learning_rate
-        if not step.with_gradient():
-            return None
+        if not step.with_gradient() or any(p.elsewhere for p in step.passes):
+            return None  # what another thread is at is not looked at before it is done
         state = (len(step.passes), self.backwards, step.stepped, rate, step.loss, step.pooled is None)
         if self._cached is None or self._cached[0] != state:
             built = self.guarded(-1, self._build)

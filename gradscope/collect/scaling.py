@@ -8,15 +8,17 @@ last recorder's end.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from gradscope.collect.recorder import Recorder
 
-__all__ = ["listen", "restore", "silence"]
+__all__ = ["ScaledBackwards", "listen", "restore", "silence"]
 
 _listeners: weakref.WeakSet[Recorder] = weakref.WeakSet()
 _originals: dict[str, Any] = {}
@@ -62,3 +64,32 @@ def restore() -> None:
     if not len(_listeners) and _originals:
         torch.amp.GradScaler.scale = _originals.pop("scale")
         torch.amp.GradScaler.step = _originals.pop("step")
+
+
+class ScaledBackwards:
+    """The backward passes of scaled losses that run now, of this model or of another, by their number."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, tuple[Tensor, int]] = {}
+
+    def begin(self, backward: int, scale: Tensor) -> None:
+        """One begins, in this thread."""
+        self._running[backward] = scale, threading.get_ident()
+
+    def end(self, backward: int) -> None:
+        """One came to its end."""
+        self._running.pop(backward, None)
+
+    def forget_the_cut_off(self) -> None:
+        """No backward pass runs in this thread; what is noted of one was cut off by an exception."""
+        if self._running:
+            others = {t.ident for t in threading.enumerate()} - {threading.get_ident()}
+            self._running = {b: found for b, found in self._running.items() if found[1] in others}
+
+    def scale_of(self, backward: int) -> Tensor | None:
+        """The factor of the loss that a backward pass differentiates; None where it is not scaled."""
+        if backward in self._running:
+            return self._running[backward][0]
+        # A backward pass inside of another one (re-entrant checkpointing) runs in the same thread.
+        me = threading.get_ident()
+        return next((scale for scale, thread in self._running.values() if thread == me), None)
