@@ -33,7 +33,7 @@ class Findings:
     def __init__(self, layers: Sequence[Layer], voice: Voice | None) -> None:
         self.layers = layers
         self._voice = voice
-        self._history: dict[tuple[str, str, int], int] = {}
+        self._history: dict[tuple[str, str], int] = {}
         self._known: tuple[Rows, dict[str, dict[str, list[int]]]] | None = None
 
     def mark(self, step: Step, seen: OpenStep) -> Step:
@@ -67,21 +67,24 @@ class Findings:
 
     def _dead(self, step: Step) -> str | None:
         rows = step.rows
-        dead: list[str] = []
+        # All calls of a layer together: which tokens an expert's call gets is another thing every time.
+        alive: dict[tuple[str, str], bool] = {}
         for row in self._rows(rows, "l2")["output_grad"]:
-            if step.status[row]:
-                continue
-            key = (rows.layer[row], rows.type[row], int(rows.call[row]))
+            if not step.status[row]:
+                key = rows.layer[row], rows.type[row]
+                alive[key] = alive.get(key, False) or bool(step.value[row] != 0)
+        dead: list[str] = []
+        for key, has_gradient in alive.items():
             before = self._history.get(key, 0)
-            if step.value[row] != 0:
+            if has_gradient:
                 self._history[key] = _HAD_GRADIENT
             elif before == _HAD_GRADIENT:
                 self._history[key] = STEPS_BEFORE_DEAD
-                dead.append(rows.layer[row])
+                dead.append(key[0])
             else:
                 self._history[key] = before + 1
                 if before + 1 == STEPS_BEFORE_DEAD:
-                    dead.append(rows.layer[row])
+                    dead.append(key[0])
         if not dead:
             return None
         dead = list(dict.fromkeys(dead))
