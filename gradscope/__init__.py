@@ -30,6 +30,7 @@ also on another machine::
     gradscope.diagnose(record)                     # findings with cause and remedy
     gradscope.verdict(record)                      # vanishing, exploding, preserved, inconclusive
     gradscope.predict([record, deeper], depth=96)  # the gradient at a depth that was not built
+    gradscope.compare(record, baseline)            # which layer departed first, with what certainty
     gradscope.plot.depth({"run": record})
     gradscope.plot.heatmap(record)
 
@@ -62,6 +63,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from gradscope import reference as reference
+    from gradscope.analysis import compare as compare
     from gradscope.analysis import depth_limit as depth_limit
     from gradscope.analysis import diagnose as diagnose
     from gradscope.analysis import fit_decay as fit_decay
@@ -91,6 +93,7 @@ __all__ = [
     "Record",
     "Scope",
     "architecture",
+    "compare",
     "counterfactual",
     "depth_limit",
     "diagnose",
@@ -117,6 +120,7 @@ _HOME: Final = {
     "Record": "gradscope.record:Record",
     "Scope": "gradscope.scope:Scope",
     "architecture": "gradscope.experiment.architecture:architecture",
+    "compare": "gradscope.analysis:compare",
     "counterfactual": "gradscope.experiment.counterfactual:counterfactual",
     "depth_limit": "gradscope.analysis:depth_limit",
     "diagnose": "gradscope.analysis:diagnose",

@@ -1,13 +1,14 @@
-"""The command line: ``gradscope study``, ``show``, ``diagnose``, ``doctor`` and ``--version``.
+"""The command line: ``gradscope study``, ``show``, ``diagnose``, ``compare``, ``doctor``, ``--version``.
 
-Exit codes: 0 done, or healthy; 1 ``diagnose`` or ``doctor`` found a fault; 2 wrong usage or input that
-cannot be used; 130 interrupted by Ctrl-C. Heavy imports wait until a command needs them, so that
-``gradscope --help`` answers at once.
+Exit codes: 0 done, healthy, or the same; 1 ``diagnose`` or ``doctor`` found a fault, or ``compare`` a
+difference; 2 wrong usage or input that cannot be used; 130 interrupted by Ctrl-C. Heavy imports wait
+until a command needs them, so that ``gradscope --help`` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -55,6 +56,12 @@ _DIAGNOSE = """\
 Say what is wrong in a Record, where, since when, why, and what to do: every health rule, and the
 verdict on the gradient and the activation over depth. Exit code 0 where nothing is worse than a
 note, 1 where something is, or where nothing was recorded that a rule could judge.
+"""
+
+_COMPARE = """\
+Say which layer of a Record departs first from a baseline Record, at which step, by how many nats
+and, with replicates, with what probability. Exit code 0 where they are the same, 1 where
+something departs.
 """
 
 _DOCTOR = """\
@@ -176,6 +183,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     diagnose.add_argument("record", type=Path, metavar="RECORD", help="a Record file (JSON Lines)")
     diagnose.add_argument("--trunk", metavar="NAME", help="only this trunk (default: all)")
+    compare = commands.add_parser(
+        "compare",
+        help="say which layer of a Record departs first from another",
+        description=_COMPARE,
+        allow_abbrev=False,
+    )
+    compare.add_argument("record", type=Path, metavar="RECORD", help="a Record file: what is judged")
+    compare.add_argument("baseline", type=Path, metavar="BASELINE", help="a Record file: how it was")
+    compare.add_argument(
+        "--tolerance",
+        type=_nats,
+        metavar="NATS",
+        help="the smallest change that departs (default: .02 for one seed; else .05, parameters .20)",
+    )
+    compare.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write it there, for a pull-request comment"
+    )
     doctor = commands.add_parser(
         "doctor",
         help="check every recorded value on your own model against plain autograd",
@@ -209,10 +233,20 @@ def _positive(word: str) -> int:
     return number
 
 
+def _nats(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of nats, 0 or more")
+    return number
+
+
 def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
     if options.command == "study":
         return _study(options, words)
-    commands = {"show": _show, "diagnose": _diagnose, "doctor": _doctor}
+    commands = {"show": _show, "diagnose": _diagnose, "compare": _compare, "doctor": _doctor}
     return commands[options.command](options)
 
 
@@ -265,6 +299,18 @@ def _diagnose(options: argparse.Namespace) -> int:
             except QuantityError as error:
                 print(f"\n{quantity} over {trunk}: no verdict. {error}", flush=True)
     return EXIT_OK if diagnosis.healthy else EXIT_UNHEALTHY
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gradscope.analysis import compare
+    from gradscope.record import Record
+
+    record, baseline = Record.load(options.record), Record.load(options.baseline)
+    comparison = compare(record, baseline, tolerance=options.tolerance)
+    print(comparison, flush=True)
+    if options.markdown is not None:
+        options.markdown.write_text(comparison.markdown(), encoding="utf-8")
+    return EXIT_OK if comparison.same else EXIT_UNHEALTHY
 
 
 def _doctor(options: argparse.Namespace) -> int:

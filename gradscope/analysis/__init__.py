@@ -7,6 +7,7 @@
 - `predict`, `depth_limit`: the gradient at a depth not built; how deep the architecture can go;
   `law` makes a law of growth of one's own.
 - `diagnose`: what is wrong, where, since when, why, and what to do; `rule` makes a rule of one's own.
+- `compare`: which layer of a Record departs first from another.
 - `meanfield`: what theory expects of a wide plain net, and a measured profile beside it.
 - `path_lengths`: how many paths of which length an unrolled residual network has.
 - `QUANTITIES`, `FAMILIES`, `LAWS`, `RULES`: what there is, with formula and source.
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 from gradscope.analysis import beyond_norm as beyond_norm  # registers its quantities
 from gradscope.analysis.change import DepthScale
+from gradscope.analysis.compare import compare
+from gradscope.analysis.comparison import Comparison, Departure
 from gradscope.analysis.decay import DecayFit, fit_decay
 from gradscope.analysis.diagnosis import RULES, Diagnosis, Finding, Rule, Threshold, diagnose, rule
 from gradscope.analysis.families import FAMILIES, Family, family
@@ -33,7 +36,9 @@ __all__ = [
     "QKV_NAMES",
     "QUANTITIES",
     "RULES",
+    "Comparison",
     "DecayFit",
+    "Departure",
     "DepthLimit",
     "DepthScale",
     "Diagnosis",
@@ -50,6 +55,7 @@ __all__ = [
     "Threshold",
     "Verdict",
     "Verdicts",
+    "compare",
     "depth_limit",
     "diagnose",
     "family",

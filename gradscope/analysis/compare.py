@@ -1,0 +1,294 @@
+"""Two Records of the same model, before and after a change: which layer departed first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.analysis.arguments import as_record, check_coverage
+from gradscope.analysis.comparison import Comparison, Departure
+from gradscope.analysis.matching import Feature, Pair, pairs_of, trunks_of
+from gradscope.errors import QuantityError
+from gradscope.record import Record
+
+__all__ = ["TOLERANCE", "compare"]
+
+Floats = npt.NDArray[np.float64]
+
+#: Smallest change that departs, nats: between single runs and paired replicates, where only rounding
+#: differs; and between other initialisations or batches.
+TOLERANCE: Final[Mapping[str, Mapping[str, float]]] = MappingProxyType(
+    {
+        "paired": MappingProxyType(
+            dict.fromkeys(("activation", "peak", "flow", "parameter gradient"), 0.02)
+        ),
+        "replicates": MappingProxyType({"activation": 0.05, "flow": 0.05, "parameter gradient": 0.20}),
+    }
+)
+#: An absolute level scatters more over replicates than increments do: so many times the tolerance.
+_LEVEL: Final = 3.0
+#: No spread over replicates is taken to be smaller: nats, what rounding leaves in float32.
+_FLOOR: Final = 1e-4
+_PASSES: Final = ("activation", "peak", "flow", "parameter gradient")
+
+
+def compare(
+    record: Record,
+    baseline: Record,
+    *,
+    tolerance: float | Mapping[str, float] | None = None,
+    confidence: float = 0.95,
+) -> Comparison:
+    """Which layer of a record departs first from a baseline, by how much, and with what uncertainty.
+
+    Compared at every step that both have, in natural logarithms: the root mean square of the activation
+    (its level at the trunk's input, increments ln(h_{l+1}/h_l) above), increments of the gradient flow
+    r_l = ln(g_l/g_{l+1}), and every block's parameter gradient over the flow at its output,
+    ln‖∇W‖ − ln g. Gradients enter as ratios, which do not depend on the loss's denominator; the level of
+    the flow at the loss end is compared too where both Records know it. A number on one side only (0,
+    NaN, no gradient path) departs.
+
+    - One replicate on either side: a change above the tolerance departs. Of the same seed, so do changes
+      of the largest activation over the root mean square, which see through a norm.
+    - Replicates of the same seeds and batches: their differences must be clear too, by Student's t over
+      the pairs.
+    - Other replicates: Student's t with the pooled variance, at least two on each side.
+
+    With replicates the probability is Bonferroni's over all numbers. The first layer is
+    that of the first step that departs: forward-first by activations, else the gradient nearest the loss,
+    else parameters. Where replicates do not pair, gradients are named by the clearest change instead, and
+    if half of the blocks depart, no block is called the first. Norms alone can misname the block of a
+    post-norm net, whose norms reset every level.
+
+    ::
+
+        comparison = gradscope.compare(gradscope.Record.load("run.jsonl"), baseline)
+        print(comparison)
+        assert comparison.same
+
+    Args:
+        record: what is judged.
+        baseline: what it is compared with.
+        tolerance: the smallest change that departs, in nats: one number, or by quantity (``activation``,
+            ``peak``, ``flow``, ``parameter gradient``). None: .02 for single runs and paired replicates;
+            otherwise .05, and .20 for parameter gradients. Levels have three times as much between
+            replicates that do not pair.
+        confidence: 1 − the probability of a departure in two Records of one model, all tests together.
+
+    Returns:
+        A `Comparison`.
+
+    Raises:
+        QuantityError: no common step, no common trunk, or replicates of another kind.
+        ValueError, TypeError: a tolerance or confidence that is none.
+    """
+    sides = (as_record(record, "compare"), as_record(baseline, "compare"))
+    check_coverage(confidence)
+    kinds = [str(side.header.get("replicates", "run")) for side in sides]
+    if kinds[0] != kinds[1]:
+        raise QuantityError(
+            f"the replicates of the record are of kind {kinds[0]!r}, those of the baseline {kinds[1]!r}: "
+            "their spread says different things. Measure both in the same way."
+        )
+    steps = sorted(set.intersection(*({s.step for s in side.steps} for side in sides)))
+    if not steps:
+        raise QuantityError("the two Records have no step in common, so nothing can be compared.")
+    trunks, added_trunks, removed_trunks = trunks_of(*sides)
+    paired = _same_seeds(*sides)
+    if paired:
+        sides = _common_replicates(*sides)
+    several = min(_least_replicates(side, steps) for side in sides) > 1
+    method = "one run each" if not several else "paired replicates" if paired else "replicates"
+    limits = _limits(tolerance, TOLERANCE["paired" if paired else "replicates"])
+    notes = list(_notes(*sides, method, paired))
+    pairs: list[Pair] = []
+    renamed: dict[str, str] = {}
+    added, removed = dict.fromkeys(added_trunks), dict.fromkeys(removed_trunks)
+    for mine, theirs in trunks:
+        found = pairs_of(*sides, mine, theirs, with_peak=paired)
+        for pair in found:
+            renamed |= pair.renamed
+            added |= dict.fromkeys(pair.added)
+            removed |= dict.fromkeys(pair.removed)
+        pairs += found
+    if not pairs:
+        raise QuantityError("the two Records hold no quantity over depth that both have.")
+    departures, features, left_out, seen = _departures(
+        pairs, steps, method, limits, 1 - confidence, paired=paired
+    )
+    if left_out:
+        notes.append(f"{left_out} numbers are not compared: absent, 0 or not finite on a side")
+    first = departures[0].step if departures else None
+    blocks = {(d.trunk, math.ceil(d.depth - 1e-9)) for d in departures if d.step == first and d.depth > 0}
+    every = {(p.trunk, math.ceil(d - 1e-9)) for p in pairs for d in p.depth if d > 0}
+    return Comparison(
+        models=(
+            str(sides[0].header.get("model", "a model")),
+            str(sides[1].header.get("model", "a model")),
+        ),
+        method=method,
+        steps=tuple(steps),
+        features=features,
+        departures=departures,
+        blocks=(len(blocks), len(every)),
+        renamed=tuple(renamed.items()),
+        added=tuple(added),
+        removed=tuple(removed),
+        resolution=seen,
+        notes=tuple(notes),
+    )
+
+
+def _departures(
+    pairs: list[Pair],
+    steps: list[int],
+    method: str,
+    limits: Mapping[str, float],
+    alpha: float,
+    *,
+    paired: bool,
+) -> tuple[tuple[Departure, ...], int, int, tuple[tuple[str, float], ...]]:
+    """The departures in order, how many numbers were compared and left out, and the resolution."""
+    left_out = 0
+    tested: list[tuple[int, Feature, float, float, float, float, float]] = []
+    found: list[Departure] = []
+    for step in steps:
+        for pair in pairs:
+            for feature, expected, obtained in pair.states(step):
+                found.append(
+                    Departure(step=step, expected=expected, obtained=obtained, **feature._asdict())
+                )
+            for feature, run, base in pair.features(step):
+                if np.isfinite(run).all() and np.isfinite(base).all():
+                    numbers = _changed(run, base, method)
+                    tested.append((step, feature, float(run.mean()), float(base.mean()), *numbers))
+                else:
+                    left_out += 1
+    sizes: dict[str, list[float]] = {}
+    for step, feature, obtained, expected, change, error, degrees in tested:
+        limit = limits[feature.quantity]
+        if feature.kind == "level" and not paired:
+            limit *= _LEVEL
+        probability = math.nan
+        if math.isfinite(error):
+            critical = _critical(degrees, alpha / len(tested)) * error
+            probability = min(1.0, len(tested) * _tail(abs(change) / error, degrees))
+            sizes.setdefault(feature.quantity, []).append(max(limit, critical))
+        else:
+            sizes.setdefault(feature.quantity, []).append(limit)
+        if abs(change) > limit and not probability > alpha:
+            numbers = {"change": change, "error": error, "probability": probability}
+            found.append(
+                Departure(step=step, expected=expected, obtained=obtained, **numbers, **feature._asdict())
+            )
+    resolution = tuple((name, float(np.median(values))) for name, values in sizes.items())
+    order = _by_size if method == "replicates" else _by_pass
+    return tuple(sorted(found, key=order)), len(tested), left_out, resolution
+
+
+def _same_seeds(run: Record, base: Record) -> bool:
+    """Whether replicate r of both was made under the same seed, as far as the headers say."""
+    first = [dict(side.header.get("seeds") or {}) for side in (run, base)]
+    for seeds in first:
+        seeds.pop("replicates", None)  # how many there are
+    common = set.intersection(*({(s.step, s.replicate) for s in side.steps} for side in (run, base)))
+    return bool(first[0]) and first[0] == first[1] and bool(common)
+
+
+def _common_replicates(run: Record, base: Record) -> tuple[Record, Record]:
+    common = set.intersection(*({(s.step, s.replicate) for s in side.steps} for side in (run, base)))
+    kept = [
+        replace(side, steps=tuple(s for s in side.steps if (s.step, s.replicate) in common))
+        for side in (run, base)
+    ]
+    return kept[0], kept[1]
+
+
+def _least_replicates(record: Record, steps: list[int]) -> int:
+    return min(len({s.replicate for s in record.steps if s.step == n}) for n in steps)
+
+
+def _changed(run: Floats, base: Floats, method: str) -> tuple[float, float, float]:
+    """Change, its standard error and degrees of freedom; NaN errors where nothing says how sure."""
+    change = float(run.mean() - base.mean())
+    if method == "one run each":
+        return change, math.nan, math.nan
+    if method == "paired replicates":
+        spread = max(float(np.std(run - base, ddof=1)), _FLOOR)
+        return change, spread / math.sqrt(len(run)), len(run) - 1
+    degrees = len(run) + len(base) - 2
+    squares = float(np.sum((run - run.mean()) ** 2) + np.sum((base - base.mean()) ** 2))
+    spread = max(math.sqrt(squares / degrees), _FLOOR)
+    return change, spread * math.sqrt(1 / len(run) + 1 / len(base)), degrees
+
+
+def _tail(t: float, degrees: float) -> float:
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(degrees, -t))
+
+
+def _critical(degrees: float, alpha: float) -> float:
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(degrees, alpha / 2))
+
+
+def _by_pass(d: Departure) -> tuple[float, ...]:
+    """Forward by activations, then backward from the loss: the order in which a step computes."""
+    rank = _PASSES.index(d.quantity)
+    forward = rank < _PASSES.index("flow")
+    return (d.step, 0 if forward else rank, d.depth if forward else -d.depth, rank)
+
+
+def _by_size(d: Departure) -> tuple[float, ...]:
+    """Forward by activations, then the clearest change: increments have no memory over depth."""
+    if d.quantity == "activation":
+        return (d.step, 0, d.depth)
+    return (d.step, 1, -abs(d.change) / d.error if math.isfinite(d.error) else -math.inf)
+
+
+def _limits(
+    given: float | Mapping[str, float] | None, default: Mapping[str, float]
+) -> Mapping[str, float]:
+    if given is None:
+        return default
+    wanted = dict(given) if isinstance(given, Mapping) else dict.fromkeys(default, given)
+    for name, nats in wanted.items():
+        if name not in _PASSES:
+            raise ValueError(f"tolerance= names no quantity {name!r}; they are {', '.join(_PASSES)}")
+        if isinstance(nats, bool) or not isinstance(nats, int | float):
+            raise TypeError(
+                f"tolerance= is a number of nats, or one by quantity; got {nats!r} for {name!r}"
+            )
+        if not 0 <= nats < math.inf:
+            raise ValueError(f"tolerance= is a number of nats, 0 or more; got {nats} for {name!r}")
+    return {**default, **wanted}
+
+
+def _notes(run: Record, base: Record, method: str, paired: bool) -> Iterator[str]:
+    if method == "one run each":
+        yield "one replicate on a side: no probability; every change above the tolerance departs"
+        if not paired:
+            yield "the seeds differ: what departs may be no more than another initialisation"
+    if None in (run.header.get("loss_denominator"), base.header.get("loss_denominator")):
+        yield (
+            "the loss's denominator is not known on both sides: the level of the gradient is not "
+            "compared, its ratios over depth are"
+        )
+    for name in ("dtype", "device", "mode", "versions"):
+        mine, theirs = run.header.get(name), base.header.get(name)
+        if mine != theirs:
+            yield f"another {name}: {_plain(mine)} against {_plain(theirs)}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value)

@@ -1,0 +1,235 @@
+"""`gradscope.compare`: planted changes are named with their size; Records of one model are the same."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from synthetic import flat_record, stream_step
+from torch import Tensor, nn
+
+import gradscope
+from gradscope import reference
+from gradscope.cli import main
+from gradscope.errors import QuantityError
+from gradscope.record import Record
+
+TOKENS = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
+BATCH = (TOKENS[:, :-1], TOKENS[:, 1:])
+
+
+def header(first: int = 0, **more: object) -> dict[str, object]:
+    return {"replicates": "initialisation", "loss_denominator": 1, "seeds": {"first": first}} | more
+
+
+def flows(replicates: int, seed: int, *, planted: float = 0.0, spread: float = 0.01) -> np.ndarray:
+    """[R, 9] random walks over depth; block 5's increment r_5 = ln(g_5/g_6) is larger by ``planted``."""
+    rng = np.random.default_rng(seed)
+    increments = rng.normal(0.0, spread, (replicates, 8))
+    increments[:, 5] += planted
+    y = np.concatenate([np.cumsum(increments[:, ::-1], axis=1)[:, ::-1], np.zeros((replicates, 1))], 1)
+    return np.exp(y)
+
+
+def test_one_increment_of_other_seeds_is_named_with_students_probability() -> None:
+    run, base = flows(5, 1, planted=0.3), flows(4, 2)
+    found = gradscope.compare(flat_record(run, header=header(0)), flat_record(base, header=header(100)))
+    assert (found.method, found.same, found.features) == ("replicates", False, 9)  # 8 and the level
+    assert found.first is not None
+    assert (found.first.layer, found.first.depth, found.first.quantity) == ("h.5", 6.0, "flow")
+    r = [np.log(x[:, 5] / x[:, 6]) for x in (run, base)]
+    test = stats.ttest_ind(*r)
+    assert found.first.change == pytest.approx(r[0].mean() - r[1].mean(), rel=1e-9)
+    assert found.first.probability == pytest.approx(9 * test.pvalue, rel=1e-6)
+    assert len(found.departures) == 1
+
+
+def test_the_same_seeds_are_paired() -> None:
+    rng = np.random.default_rng(3)
+    base = flows(4, 2, spread=1.0)  # far apart, but the same in both
+    run = base.copy()
+    run[:, :6] *= np.exp(0.1 + rng.normal(0, 0.01, (4, 1)))
+    found = gradscope.compare(flat_record(run, header=header()), flat_record(base, header=header()))
+    assert found.method == "paired replicates"
+    assert found.first is not None and found.first.layer == "h.5"
+    test = stats.ttest_rel(np.log(run[:, 5] / run[:, 6]), np.log(base[:, 5] / base[:, 6]))
+    assert found.first.probability == pytest.approx(9 * test.pvalue, rel=1e-6)
+    other = gradscope.compare(flat_record(run, header=header(50)), flat_record(base, header=header()))
+    assert other.same  # beside a spread of 1, .1 is nothing
+
+
+def test_what_is_clear_and_small_does_not_depart() -> None:
+    run, base = flows(8, 1, planted=0.04, spread=1e-3), flows(8, 2, spread=1e-3)
+    pair = flat_record(run, header=header(0)), flat_record(base, header=header(100))
+    assert gradscope.compare(*pair).same
+    assert not gradscope.compare(*pair, tolerance=0.02).same
+    assert not gradscope.compare(*pair, tolerance={"flow": 0.02}).same
+
+
+def test_false_departures_are_rarer_than_said() -> None:
+    wrong = 0
+    for seed in range(300):
+        run, base = flows(3, 2 * seed), flows(20, 2 * seed + 1)
+        pair = flat_record(run, header=header(0)), flat_record(base, header=header(100))
+        wrong += not gradscope.compare(*pair, tolerance=0.0).same
+    assert wrong <= stats.binom.ppf(0.999, 300, 0.05)
+    assert wrong >= stats.binom.ppf(0.001, 300, 0.02)  # Bonferroni over nine numbers is no more careful
+
+
+def test_levels_are_compared_only_where_the_denominator_is_known() -> None:
+    base = flows(5, 2)
+    doubled = flat_record(2 * base, header=header())
+    found = gradscope.compare(doubled, flat_record(base, header=header()))
+    assert [d.kind for d in found.departures] == ["level"]
+    assert found.departures[0].change == pytest.approx(math.log(2))
+    unknown = flat_record(base, header=header(loss_denominator=None))
+    found = gradscope.compare(doubled, unknown)
+    assert found.same
+    assert any("denominator" in note for note in found.notes)
+
+
+def test_a_number_on_one_side_only_departs() -> None:
+    base = flows(3, 2)
+    status = np.full(base.shape, "", dtype=object)
+    status[:, :4] = "no gradient path"
+    cut = flat_record(base, header=header(), status=status)
+    found = gradscope.compare(cut, flat_record(base, header=header()))
+    assert found.first is not None
+    # The gradient runs from the loss: depth 3 is the first without one.
+    assert (found.first.depth, found.first.kind) == (3.0, "state")
+    assert (found.first.expected, found.first.obtained) == ("a number", "no gradient path")
+    zero = base.copy()
+    zero[:, :4] = 0.0
+    found = gradscope.compare(flat_record(zero, header=header()), flat_record(base, header=header()))
+    assert found.first is not None and found.first.obtained == "exactly 0"
+    assert any("numbers are not compared" in note for note in found.notes)
+
+
+def test_two_runs_depart_first_at_a_step_and_a_layer() -> None:
+    def run(change: float) -> Record:
+        steps = []
+        for step in range(6):
+            rng = np.random.default_rng(step)
+            arrays = [rng.normal(size=(4, 8)) for _ in range(7)]
+            grown = [x.copy() for x in arrays]
+            if step >= 3:
+                for x in grown[4:]:
+                    x *= 1 + change
+            steps.append(stream_step(arrays, grown, step=step))
+        return Record({"replicates": "run", "seeds": {"torch": 1}, "model": "Net"}, tuple(steps))
+
+    found = gradscope.compare(run(0.1), run(0.0))
+    assert found.method == "one run each"
+    assert found.first is not None
+    assert (found.first.step, found.first.layer, found.first.quantity) == (3, "h.3", "activation")
+    assert found.first.change == pytest.approx(math.log(1.1))
+    assert math.isnan(found.first.probability)
+    assert gradscope.compare(run(0.0), run(0.0)).same
+    assert gradscope.compare(run(0.019), run(0.0)).same
+
+
+def test_renamed_added_and_removed_layers_are_matched_and_reported() -> None:
+    base = flat_record(flows(3, 2), header=header())
+    renamed = flat_record(flows(3, 2), header=header(), trunk="layers")
+    found = gradscope.compare(renamed, base)
+    assert found.same
+    assert ("h.0", "layers.0") in found.renamed
+    assert "renamed, matched by depth: h → layers, h.0 → layers.0" in str(found)
+    shorter = flat_record(flows(3, 2)[:, :-1], header=header())
+    found = gradscope.compare(shorter, base)
+    assert (found.added, found.removed) == ((), ("h.7",))
+    assert not found.same
+    assert gradscope.compare(base, shorter).added == ("h.7",)
+
+
+def test_half_of_the_blocks_are_no_first_block() -> None:
+    run = flows(5, 1)
+    run *= np.exp(0.2 * np.arange(9)[::-1])
+    found = gradscope.compare(
+        flat_record(run, header=header(0)), flat_record(flows(5, 2), header=header(100))
+    )
+    assert "8 of 8 blocks depart" in found.summary
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"replicates": "batch"}, "of kind 'initialisation'"),
+        ({"steps": [4, 4, 4]}, "no step in common"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change: dict[str, object], says: str) -> None:
+    base = flat_record(flows(3, 2), header=header())
+    steps = change.pop("steps", None)
+    other = flat_record(flows(3, 2), header=header(**change), steps=steps)  # type: ignore[arg-type]
+    with pytest.raises(QuantityError, match=says):
+        gradscope.compare(base, other)
+
+
+def test_wrong_tolerances_are_refused() -> None:
+    base = flat_record(flows(3, 2), header=header())
+    with pytest.raises(ValueError, match="no quantity 'flo'"):
+        gradscope.compare(base, base, tolerance={"flo": 0.1})
+    with pytest.raises(ValueError, match="0 or more"):
+        gradscope.compare(base, base, tolerance=-1.0)
+    with pytest.raises(TypeError, match="number of nats"):
+        gradscope.compare(base, base, tolerance="20%")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a Record"):
+        gradscope.compare(base, "run.jsonl")  # type: ignore[arg-type]
+
+
+def measured(change: str, seed: int, variant: str = "pre_norm") -> Record:
+    def make() -> nn.Module:
+        model = reference.Transformer(variant, depth=8, width=32, heads=2)
+        block = model.blocks[5]
+        if change == "init":
+            with torch.no_grad():
+                for p in block.parameters():
+                    p.mul_(1.3)
+        if change == "skip":
+            forward = block.forward
+            block.forward = lambda x: forward(x) - x  # type: ignore[method-assign]
+        return model
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return reference.next_token_loss(model, batch)
+
+    return gradscope.measure(make, BATCH, loss, 5, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, 100])
+@pytest.mark.parametrize("change", ["init", "skip"])
+def test_a_planted_change_of_a_model_names_its_block(change: str, seed: int) -> None:
+    found = gradscope.compare(measured(change, seed), measured("", 0))
+    assert found.first is not None
+    assert found.first.layer == "blocks.5"
+
+
+@pytest.mark.parametrize("variant", ["pre_norm", "post_norm"])
+def test_an_unchanged_model_is_the_same(variant: str) -> None:
+    base = measured("", 0, variant)
+    assert gradscope.compare(measured("", 0, variant), base).same
+    assert gradscope.compare(measured("", 100, variant), base).same
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = flat_record(flows(5, 2), header=header(model="Net")).save(tmp_path / "base.jsonl")
+    run = flat_record(flows(5, 1, planted=0.3), header=header(9, model="Net|x"))
+    path = run.save(tmp_path / "run.jsonl")
+    assert main(["compare", str(base), str(base)]) == 0
+    assert "the same" in capsys.readouterr().out
+    words = ["compare", str(path), str(base), "--markdown", str(tmp_path / "c.md")]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "departs first in h.5 (flow), at step 0" in out
+    assert max(map(len, out.splitlines())) <= 120
+    text = (tmp_path / "c.md").read_text(encoding="utf-8")
+    assert "| 0 | h.5 | flow increment |" in text
+    assert main([*words, "--tolerance", ".5"]) == 0
+    for wrong in (["--tolerance", "20%"], ["--tolerance", "-1"]):
+        assert main([*words, *wrong]) == 2
+    assert main(["compare", str(path), "nowhere.jsonl"]) == 2
