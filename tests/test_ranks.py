@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_processes import BATCH, alone, batches, loss_of, net, run, share, train
+from rank_processes import BATCH, alone, batches, loss_of, net, run, sgd, share, train
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -51,6 +51,46 @@ def fsdp_root(rank: int) -> gradscope.Record:
     return train(model, data(rank))
 
 
+def fsdp_later(rank: int) -> gradscope.Record:
+    """The model is watched before it is sharded."""
+    model: Any = net()
+    optimizers: list[Any] = []
+
+    def shard(model: Any) -> list[torch.optim.Optimizer]:
+        if not optimizers:
+            for block in model.blocks:
+                fully_shard(block)
+            fully_shard(model)
+            optimizers.append(sgd(model))
+        return optimizers
+
+    with gradscope.watch(model, slow_every=2, warn=False):
+        shard(model)
+        return train(model, data(rank), optimizers=shard)
+
+
+def fsdp_frozen(rank: int) -> gradscope.Record:
+    model: Any = frozen(net())
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return train(model, data(rank), optimizers=trained)
+
+
+def frozen(model: Any) -> Any:
+    model.stem.requires_grad_(False)
+    model.blocks[1].requires_grad_(False)
+    return model
+
+
+def trained(model: Any) -> list[torch.optim.Optimizer]:
+    return [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)]
+
+
+def ddp_frozen(rank: int) -> gradscope.Record:
+    return train(DDP(frozen(net())), data(rank), optimizers=trained)
+
+
 def fsdp_clipped(rank: int) -> gradscope.Record:
     model: Any = fully_shard(net())
     return train(model, data(rank), clip=0.1)
@@ -65,7 +105,9 @@ PLAIN = {
     "fsdp": fsdp,
     "fsdp, kept after forward": partial(fsdp, reshard_after_forward=False),
     "fsdp, root alone": fsdp_root,
+    "fsdp, watched before": fsdp_later,
 }
+FROZEN = {"ddp, frozen": ddp_frozen, "fsdp, frozen": fsdp_frozen}
 OTHERS = {
     "ddp, accumulated without sync": (partial(ddp, micro=2), {"micro": 2}),
     "ddp, clipped": (clipped, {"clip": 0.1}),
@@ -78,7 +120,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    cases = {**PLAIN, **{name: case for name, (case, _) in OTHERS.items()}}
+    cases = {**PLAIN, **FROZEN, **{name: case for name, (case, _) in OTHERS.items()}}
     return run(cases, tmp_path_factory.mktemp("ranks"), seconds=120)
 
 
@@ -110,6 +152,14 @@ def same_as_alone(record: gradscope.Record, single: gradscope.Record, loose: flo
             assert why == status, (ours.step, key, why, status)
             if status == "ok":
                 assert got == pytest.approx(value, rel=loose, abs=1e-14), (ours.step, key)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_layers(ranks: dict[str, list[Any]], name: str) -> None:
+    single = train(frozen(net()), batches(), optimizers=trained)
+    assert "frozen" in set(single.table(step=0)["status"].tolist())
+    for record in both(ranks, name):
+        same_as_alone(record, single)
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *OTHERS])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradscope.collect import shards
-from gradscope.collect.merging import COLUMNS, Samples
+from gradscope.collect.merging import COLUMNS, Samples, merged
 from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters, Readings
 from gradscope.collect.passes import LAST, Call, Pass
 from gradscope.collect.schedule import Schedule
@@ -66,6 +66,7 @@ class Assembler:
     _rows: Rows | None = None
     _take: np.ndarray | None = None
     _kept: list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = field(default_factory=list)
+    _parameter_rules: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
     _parameter_rows: list[tuple[int, str, str]] = field(default_factory=list)
     _parameter_groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -83,6 +84,9 @@ class Assembler:
                 and (STATISTICS[n].where != "packed" or entry.packing is not None)
                 and (signal != "update" or self.update)
             )
+        names = np.array([statistic for _, _, statistic in self._parameter_rows], dtype=np.str_)
+        norms = np.strings.endswith(names, "l2") | (names == "l2_at_step")
+        self._parameter_rules = norms, names == "nonfinite"
         groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
         for row, (i, signal, statistic) in enumerate(self._parameter_rows):
             groups.setdefault((signal, statistic), []).append((row, i))
@@ -160,10 +164,9 @@ class Assembler:
         copies = np.array([held[i] for i, _, _ in self._parameter_rows], dtype=np.int64)
         return replace(samples, copies=copies, following=following, identity=self.identity)
 
-    @property
-    def parameter_rows(self) -> list[tuple[str, str]]:
-        """Signal and statistic of each row of a parameter."""
-        return [(signal, statistic) for _, signal, statistic in self._parameter_rows]
+    def merged(self, ranks: Sequence[Samples]) -> Samples:
+        """The samples of all ranks as those of one batch."""
+        return merged(ranks, *self._parameter_rules)
 
     def _statuses(self, words: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         """The statuses as numbers and their words; most steps have those of an earlier one."""

@@ -17,6 +17,7 @@ from gradscope.collect.passes import PAIR
 from gradscope.collect.ranks import LOCAL
 from gradscope.collect.shards import UNKNOWN
 from gradscope.record import STATISTICS
+from gradscope.record.steps import coded
 from gradscope.statistics import ACTIVATION, GRADIENT, SLOW_PAIR, pool
 
 __all__ = ["COLUMNS", "Samples", "merged", "packed", "unpacked"]
@@ -87,12 +88,12 @@ def packed(samples: Samples) -> tuple[bytes, bytes]:
         "copies": samples.copies.tolist(),
         "identity": samples.identity,
     }
-    words, codes = np.unique(
-        np.concatenate([samples.why.reshape(-1), samples.parameter_why]).astype(str), return_inverse=True
-    )
-    head = json.dumps({"words": words.tolist(), "loss": samples.loss, "scale": samples.scale}).encode()
+    codes, words = coded(np.concatenate([samples.why.reshape(-1), samples.parameter_why]))
+    # The word for a value that is there is "" until it becomes a row.
+    said = {"words": ["", *words[1:]], "loss": samples.loss, "scale": samples.scale}
+    head = json.dumps(said).encode()
     numbers = np.concatenate([samples.value.reshape(-1), samples.parameter_value])
-    parts = [np.int64(len(head)).tobytes(), head, numbers.tobytes(), codes.astype(np.uint16).tobytes()]
+    parts = [np.int64(len(head)).tobytes(), head, numbers.tobytes(), codes.tobytes()]
     return json.dumps(layout).encode(), b"".join(parts)
 
 
@@ -106,7 +107,7 @@ def unpacked(layout: bytes, rows: bytes) -> Samples:
     cells = len(keys) * len(COLUMNS)
     count = cells + len(copies)
     numbers = np.frombuffer(rows, dtype=np.float64, count=count, offset=start) if count else np.empty(0)
-    codes = np.frombuffer(rows[start + 8 * count :], dtype=np.uint16)
+    codes = np.frombuffer(rows[start + 8 * count :], dtype=np.uint8)
     why = np.array(head["words"], dtype=object)[codes]
     shape = (len(keys), len(COLUMNS))
     return Samples(
@@ -127,12 +128,13 @@ def unpacked(layout: bytes, rows: bytes) -> Samples:
 # -- all ranks as one batch --------------------------------------------------------------------------
 
 
-def merged(ranks: Sequence[Samples], rows: Sequence[tuple[str, str]]) -> Samples:
+def merged(ranks: Sequence[Samples], norms: np.ndarray, sums: np.ndarray) -> Samples:
     """The samples of the whole batch.
 
     Args:
         ranks: those of every rank, in order.
-        rows: signal and statistic of each parameter row.
+        norms: which parameter rows are norms.
+        sums: which of them are counts that add up over shards.
     """
     keys = _all_keys(ranks)
     value, why, called = _side_by_side(ranks, keys)
@@ -142,7 +144,7 @@ def merged(ranks: Sequence[Samples], rows: Sequence[tuple[str, str]]) -> Samples
     present = reason == ""
     reason[present & _BETWEEN_SAMPLES & ~np.isnan(pooled)] = LOCAL
     reason[np.ix_(_other_successors(ranks, keys), _TO_NEXT)] = LOCAL
-    parameter_value, parameter_why = _parameters(ranks, rows)
+    parameter_value, parameter_why = _parameters(ranks, norms, sums)
     losses = [r.loss for r in ranks if r.loss is not None]
     places: dict[Key, tuple[str, float]] = {}
     for r in ranks:
@@ -225,25 +227,24 @@ def _other_successors(ranks: Sequence[Samples], keys: list[Key]) -> np.ndarray:
 
 
 def _parameters(
-    ranks: Sequence[Samples], rows: Sequence[tuple[str, str]]
+    ranks: Sequence[Samples], norms: np.ndarray, sums: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Values and statuses of parameters: shards are added up, and copies must be the same."""
     value = np.stack([r.parameter_value for r in ranks])
     why = np.stack([r.parameter_why for r in ranks])
     copies = ranks[0].copies
-    norms = np.array([s.endswith(("l2", "l2_at_step")) for _, s in rows], dtype=bool)
-    sums = np.array([s == "nonfinite" for _, s in rows], dtype=bool)
     reason = why[0].copy()
     with np.errstate(invalid="ignore", over="ignore"):
         largest = np.nanmax(np.where(np.isnan(value), -np.inf, np.abs(value)), axis=0)
         scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
         held = np.where(copies > 0, copies, 1)
         together = scale * np.sqrt(np.square(value / scale).sum(0) / held)
-        apart = np.abs(value - value[0]).max(0) > _SAME * np.abs(value[0])
+        close = np.abs(value - value[0]) <= _SAME * np.abs(value[0])
+    same = (close | (value == value[0]) | (np.isnan(value) & np.isnan(value[0]))).all(0)
     found = np.where((copies > 0) & norms, together, value[0])
     found = np.where((copies > 0) & sums, value.sum(0) / held, found)
     # Of what is whole on every rank, ranks with different norms have not reduced their gradients.
-    reason[(copies == 0) & apart & (reason == "")] = LOCAL
+    reason[(copies == 0) & ~same & (reason == "")] = LOCAL
     reason[(copies == UNKNOWN) & (norms | sums) & (reason == "")] = LOCAL
     reason[(why != why[0]).any(0)] = LOCAL
     return found, reason

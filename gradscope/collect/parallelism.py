@@ -128,6 +128,10 @@ def _fsdp2(model: nn.Module, meshes: set[object], me: tuple[int, ...]) -> Parall
         return Parallelism("FSDP2", me, "its modules are sharded over different ranks")
     ranks: tuple[int, ...] = found.pop()
     for group in shards.fsdp_groups(model):
+        if group.gradient_divide_factor not in (None, len(ranks)):
+            return Parallelism(
+                "FSDP2", me, "its gradients are no means over ranks (a divide factor is set)"
+            )
         for managed in group.fsdp_params:
             if shards.copies(managed.sharded_param, ranks) == shards.UNKNOWN:
                 return Parallelism("FSDP2", me, "parameters are sharded along other axes, too")

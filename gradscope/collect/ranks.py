@@ -12,8 +12,8 @@ gather the rows. They take place when the optimizer has stepped, which all ranks
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final
@@ -39,9 +39,8 @@ __all__ = ["LOCAL", "Ranks"]
 LOCAL: Final = "local"
 #: So long a rank is waited for; then values are local for the rest of the watch.
 TIMEOUT_S: float = 300.0
-
-#: By what is watched, the first round of announcements that this process has no part in yet.
-_next_round: Counter[str] = Counter()
+#: So long a rank may be late for the end of the first step, where no reduction has held the others back.
+LATE_S: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,10 @@ class Ranks:
             self._group = None
             self._say_local()
         elif self.many:
-            self._announce(identity, index)
+            try:
+                self._announce(identity, index)
+            except Exception as error:
+                self._give_up(f"{type(error).__name__}: {error}")
         return True
 
     def begin_pass(self, model: nn.Module) -> None:
@@ -119,15 +121,14 @@ class Ranks:
         ranks = self.parallelism.ranks
         text = repr((self.parallelism.kind, ranks, identity)).encode()
         name = hashlib.sha256(text).hexdigest()[:16]
-        store = _store()
+        store, me = _store(), dist.get_rank()
         # Ranks meet in the first round that has no answer yet, however often each has watched before.
-        while store.check([f"gradscope/{name}/{_next_round[name]}/answer"]):
-            _next_round[name] += 1
-        self._key = f"gradscope/{name}/{_next_round[name]}"
-        _next_round[name] += 1
+        keys = (f"gradscope/{name}/{n}" for n in itertools.count())
+        key = next(k for k in keys if not (store.check([f"{k}/answer"]) or store.check([f"{k}/{me}"])))
+        store.set(f"{key}/{me}", str(index))
+        self._key = key
         self._first = index
         self._settled = False
-        store.set(f"{self._key}/{dist.get_rank()}", str(index))
 
     def settle(self) -> int:
         """At the end of a step: do all ranks watch? Afterwards `together` says so.
@@ -139,17 +140,24 @@ class Ranks:
         if self._settled or not self._key:
             return 0
         self._settled = True
-        store, ranks = _store(), self.parallelism.ranks
-        keys = [f"{self._key}/{rank}" for rank in ranks]
-        answer = "all" if store.check(keys) else "some"
-        if store.compare_set(f"{self._key}/answer", "", answer) != b"all":
-            self._give_up("not every rank watches this model, or not in the same way")
-            return 0
-        firsts = [int(first) for first in store.multi_get(keys)]
+        keys = [f"{self._key}/{rank}" for rank in self.parallelism.ranks]
         try:
+            store = _store()
+            # A backward pass that is reduced has met all ranks already. Without, a rank may be late.
+            until = time.monotonic() + (
+                0 if self.replicated or self.parallelism.kind != "DDP" else LATE_S
+            )
+            while not (everyone := store.check(keys)) and time.monotonic() < until:
+                time.sleep(0.002)
+            answer = "all" if everyone else "some"
+            if store.compare_set(f"{self._key}/answer", "", answer) != b"all":
+                self._give_up("not every rank watches this model, or not in the same way")
+                return 0
+            firsts = [int(first) for first in store.multi_get(keys)]
             self._group = self._make_group(store)
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
+            return 0
         # Where one rank continues a file, this first step need not be a recorded one on all ranks.
         self._aligned = len(set(firsts)) == 1
         return max(firsts) - self._first

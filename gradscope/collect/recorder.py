@@ -26,7 +26,7 @@ from gradscope.collect.assembly import Assembler
 from gradscope.collect.attachment import Attachment
 from gradscope.collect.faults import Faults
 from gradscope.collect.findings import Findings
-from gradscope.collect.merging import Samples, merged, packed, unpacked
+from gradscope.collect.merging import Samples, packed, unpacked
 from gradscope.collect.open_step import OpenStep
 from gradscope.collect.optimizers import Optimizers
 from gradscope.collect.parameters import Parameters
@@ -569,7 +569,7 @@ class Recorder:
         every = [unpacked(*part) for part in parts]
         if any(other.identity != every[0].identity for other in every):
             return None  # the model was changed, on one rank only
-        return self._stepped(merged(every, self._assembler.parameter_rows))
+        return self._stepped(self._assembler.merged(every))
 
     # -- steps ---------------------------------------------------------------------------------------
 
