@@ -121,7 +121,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     cases = {**PLAIN, **FROZEN, **{name: case for name, (case, _) in OTHERS.items()}}
-    return run(cases, tmp_path_factory.mktemp("ranks"), seconds=120)
+    return run(cases, tmp_path_factory.mktemp("ranks"), seconds=240)
 
 
 def both(ranks: dict[str, list[Any]], name: str) -> list[gradscope.Record]:

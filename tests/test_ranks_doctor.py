@@ -46,7 +46,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     cases = {name: partial(examined, fault=name) for name in ("", *FAULTS)}
-    return run(cases, tmp_path_factory.mktemp("doctor"), seconds=100)
+    return run(cases, tmp_path_factory.mktemp("doctor"), seconds=240)
 
 
 def test_the_doctor_finds_nothing_under_ddp(reports: dict[str, list[Any]]) -> None:

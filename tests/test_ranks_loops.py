@@ -260,7 +260,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     tmp = tmp_path_factory.mktemp("loops")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp)
-        return run(CASES, tmp, seconds=150)
+        return run(CASES, tmp, seconds=240)
 
 
 def both(ranks: dict[str, list[Any]], name: str) -> list[Any]:
@@ -361,7 +361,7 @@ def test_the_training_notices_nothing(ranks: dict[str, list[Any]]) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_under_ddp(tmp_path: Path) -> None:
-    ranks = run({"compiled": compiled}, tmp_path, seconds=120)
+    ranks = run({"compiled": compiled}, tmp_path, seconds=240)
     single = train(torch.compile(net(), backend="aot_eager"), batches())  # type: ignore
     for record, _ in both(ranks, "compiled"):
         same_as_alone(record, single)

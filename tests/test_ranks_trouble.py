@@ -147,7 +147,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    found = run(CASES, tmp_path_factory.mktemp("trouble"), seconds=120)
+    found = run(CASES, tmp_path_factory.mktemp("trouble"), seconds=240)
     for name, both in found.items():
         assert not any(isinstance(x, str) for x in both), (name, both)
     return found
