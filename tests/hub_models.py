@@ -65,6 +65,29 @@ def _pairs() -> dict[str, Any]:
     return {"input_ids": _ids(), "pixel_values": torch.randn(2, 3, 32, 32), "return_loss": True}
 
 
+def _sound_spectrograms() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(2, 32, 16), "labels": torch.tensor([0, 1])}
+
+
+def _illustrated() -> dict[str, Tensor]:
+    ids = torch.cat([torch.ones(2, 16, dtype=torch.long), _ids()], 1)  # 1 stands for a patch of the image
+    return {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+_WAVES = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "mask_time_prob": 0.0,
+}
+
 Batch = Callable[[], dict[str, Any]]
 
 #: By name: the model's class, its configuration's, the options, the batch.
@@ -246,19 +269,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
     "wav2vec2": (
         "Wav2Vec2ForSequenceClassification",
         "Wav2Vec2Config",
-        {
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "conv_dim": (8, 8),
-            "conv_stride": (5, 2),
-            "conv_kernel": (10, 3),
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 2,
-            "mask_time_prob": 0.0,
-        },
+        _WAVES,
         _sounds,
     ),
     "clip": (
@@ -270,6 +281,70 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], Batch]] = {
             "projection_dim": 16,
         },
         _pairs,
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_SIZE,
+            "num_key_value_heads": 1,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 4,
+        },
+        _text,
+    ),
+    "rwkv": (
+        "RwkvForCausalLM",
+        "RwkvConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "attention_hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "intermediate_size": 64,
+            "context_length": 32,
+        },
+        _text,
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **_SIZE,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        _text,
+    ),
+    "hubert": ("HubertForSequenceClassification", "HubertConfig", _WAVES, _sounds),
+    "audio_spectrogram_transformer": (
+        "ASTForAudioClassification",
+        "ASTConfig",
+        {
+            **{k: v for k, v in _IMAGE.items() if k != "image_size"},
+            "max_length": 32,
+            "num_mel_bins": 16,
+            "frequency_stride": 8,
+            "time_stride": 8,
+        },
+        _sound_spectrograms,
+    ),
+    "beit": ("BeitForImageClassification", "BeitConfig", _IMAGE, _images),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **_SIZE, "num_key_value_heads": 1},
+            "vision_config": {"model_type": "clip_vision_model", **_IMAGE},
+            "image_token_index": 1,
+            "vision_feature_layer": -1,
+        },
+        _illustrated,
     ),
 }
 

@@ -14,6 +14,7 @@ AXES = {
     "bart": {"model.encoder.layers": 2, "model.decoder.layers": 2},
     "whisper": {"model.encoder.layers": 2, "model.decoder.layers": 2},
     "clip": {"text_model.encoder.layers": 2, "vision_model.encoder.layers": 2},
+    "llava": {"model.vision_tower.encoder.layers": 2, "model.language_model.layers": 2},
     "swin": {"swin.encoder.layers.0.blocks": 2, "swin.encoder.layers.1.blocks": 2},
     "convnext": {
         "convnext.encoder.stages.0.layers": 2,
