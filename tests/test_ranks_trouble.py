@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gradscope
+from gradscope.collect import ranks as ranks_module
 
 
 def one_watches(rank: int) -> Any:
@@ -67,6 +68,20 @@ def one_raises(rank: int) -> Any:
     waited = time.monotonic() - started
     dist.barrier()
     return scope.record, waited
+
+
+def one_is_silent(rank: int) -> Any:
+    """Rank 1 trains on, and does not come to the exchange of step 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks_module, "TIMEOUT_S", 2.0)
+        if rank == 1:
+            plain = ranks_module.Ranks.exchange
+            patch.setattr(
+                ranks_module.Ranks,
+                "exchange",
+                lambda self, index, *rest: None if index else plain(self, index, *rest),
+            )
+        return train(DDP(net()), data(rank))
 
 
 def raises_at_once(rank: int) -> Any:
@@ -135,6 +150,7 @@ CASES = {
     "one reads and leaves": one_reads_and_leaves,
     "one raises": one_raises,
     "raises at once": raises_at_once,
+    "one is silent": one_is_silent,
     "other options": other_options,
     "other layers": other_layers,
     "never reduced": never_reduced,
@@ -190,6 +206,14 @@ def test_a_rank_that_raises_is_not_waited_for(ranks: dict[str, list[Any]]) -> No
     assert "ok" in statuses(record, 0) and statuses(record, 1) == {"local"}
     assert waited < 20
     assert statuses(ranks["raises at once"][0][0], 0) == {"local"}
+
+
+def test_a_rank_that_is_silent_is_given_up(ranks: dict[str, list[Any]]) -> None:
+    record, said = ranks["one is silent"][0]
+    assert "ok" in statuses(record, 0)
+    assert statuses(record, 1) == statuses(record, 2) == {"local"}
+    assert len(said) == 1 and "cannot pool values" in said[0]
+    assert record.header["parallelism"] == "DDP, 2 ranks, local values"
 
 
 def test_other_options_are_not_pooled(ranks: dict[str, list[Any]]) -> None:
