@@ -79,19 +79,24 @@ def truth(
     *batches: Any,
     loss: Callable[[nn.Module, Any], Tensor] = square_loss,
     layers: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float64,
+    tensor_of: Callable[[Any], Any] = lambda output: output,
 ) -> Truth:
     """Differentiates an unwatched float64 copy; several batches are pooled as one accumulated step.
 
+    ``tensor_of`` finds the tensor in an output that is no tensor.
+
     Not for modules whose output is changed in place afterwards: it would differentiate the change.
     """
-    twin = copy.deepcopy(model).double()
+    twin = copy.deepcopy(model).to(dtype)
     parameters = {n: p for n, p in twin.named_parameters() if p.requires_grad}
     outputs: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.setdefault(name, []).append(output)
+            found = tensor_of(output)
+            if isinstance(found, Tensor):
+                outputs.setdefault(name, []).append(found)
 
         return hook
 
