@@ -3,6 +3,7 @@
 ::
 
     GradscopeError (Exception)
+    ├── GateError (ValueError)        a gradient baseline, its file or a tolerance that cannot be used
     ├── LayerError (ValueError)       the model's layers: no trunk, an unknown pattern
     ├── RecordError (ValueError)      a Record's content or its file: damaged, newer, overlapping
     │   └── RecordInUseError          another process appends to the file
@@ -16,6 +17,7 @@ A message says what was seen, where, the likely cause, and the line to write.
 """
 
 __all__ = [
+    "GateError",
     "GradscopeError",
     "GradscopeWarning",
     "LayerError",
@@ -29,6 +31,10 @@ __all__ = [
 
 class GradscopeError(Exception):
     """Base of all errors that gradscope raises on purpose."""
+
+
+class GateError(GradscopeError, ValueError):
+    """A gradient baseline cannot be used, nor its file, nor a tolerance, with the reason."""
 
 
 class LayerError(GradscopeError, ValueError):

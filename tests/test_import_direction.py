@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "reference": {"errors", "layers", "statistics", "collect", "experiment"},
 }
 # They may import everything, each other too; no room may import them.
-FRONT_DOORS = {"scope", "study", "cli", "target", "pytest_plugin", "testing", "integrations"}
+FRONT_DOORS = {"scope", "gate", "study", "cli", "target", "pytest_plugin", "testing", "integrations"}
 # A Record is judged and drawn where torch is not installed.
 TORCH_FREE = {"errors", "record", "analysis", "show"}
 TORCH = {"torch", "torchvision", "torchaudio", "transformers", "lightning", "accelerate", "safetensors"}

@@ -1,0 +1,147 @@
+"""Has a run with other seeds departed from its baseline, and where: screen, confirm, name.
+
+**Screen** with five fresh replicates: a feature is flagged where p·m ≤ .05, m the number of features,
+and the change is above half the tolerance; nothing flagged passes. **Confirm** with ten further fresh
+ones, only the k flagged features: p·k ≤ .01, the same sign, a change above the tolerance. **Name** the
+block by the weights, forward-first; else by the activations, forward-first; else by the largest |t|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.analysis.gate.features import Feature
+from gradscope.analysis.gate.moderated import Moments, Tested, moderated_t
+from gradscope.analysis.gate.tolerance import Tolerance
+
+__all__ = ["CONFIRM", "SCREEN", "Place", "Rule", "name_place"]
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+#: Fresh replicates of the two stages.
+SCREEN: Final = 5
+CONFIRM: Final = 10
+_SCREEN_LEVEL: Final = 0.05
+_CONFIRM_LEVEL: Final = 0.01
+_POWER_95: Final = 1.645
+#: A block departs with others if it does so by this share of the largest change.
+_COMPARABLE: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """The test of one set of features under one tolerance.
+
+    Attributes:
+        features: F.
+        role: [F] number of each feature's role.
+        smallest: [F] the smallest change worth failing for, nats.
+    """
+
+    features: tuple[Feature, ...]
+    role: npt.NDArray[np.int64]
+    smallest: Floats
+
+    @classmethod
+    def of(cls, features: Sequence[Feature], tolerance: Tolerance) -> Rule:
+        """For these features."""
+        numbers = {role: i for i, role in enumerate(dict.fromkeys(f.role for f in features))}
+        return cls(
+            tuple(features),
+            np.asarray([numbers[f.role] for f in features], dtype=np.int64),
+            np.asarray([tolerance.of(f.kind, f.role) for f in features], dtype=np.float64),
+        )
+
+    def screen(self, base: Moments, run: Moments) -> tuple[Mask, Tested]:
+        """[F], which features the first fresh replicates flag."""
+        tested = moderated_t(base, run, self.role)
+        clear = tested.p_value * len(self.features) <= _SCREEN_LEVEL
+        return clear & (np.abs(tested.change) > self.smallest / 2), tested
+
+    def confirm(
+        self, base: Moments, run: Moments, flagged: Mask, screened: Floats
+    ) -> tuple[Mask, Tested]:
+        """[F], which of the flagged features the further replicates confirm.
+
+        Args:
+            base: the baseline.
+            run: the further replicates alone.
+            flagged: [F].
+            screened: [F], the changes that the screen saw; the sign must be the same.
+        """
+        tested = moderated_t(base, run, self.role)
+        clear = tested.p_value * int(flagged.sum()) <= _CONFIRM_LEVEL
+        same = np.sign(tested.change) == np.sign(screened)
+        return flagged & clear & same & (np.abs(tested.change) > self.smallest), tested
+
+    def resolution(self, tested: Tested) -> Floats:
+        """[F] the smallest change that this many replicates flag with 95 % power, at least the tolerance.
+
+        max(τ, (t_crit + 1.645)·s̃·√(1/S_b + 1/S_r)), nats.
+        """
+        from scipy.special import stdtrit
+
+        level = 1 - _SCREEN_LEVEL / max(len(self.features), 1) / 2
+        critical = np.asarray(stdtrit(tested.degrees, level), dtype=np.float64)
+        return np.maximum(self.smallest, (critical + _POWER_95) * tested.error)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run departs.
+
+    Attributes:
+        layer: the block, or what departs off the blocks; "" where nothing departs.
+        block: its index, −1 off the blocks.
+        departing: how many of the blocks depart.
+        blocks: of how many.
+    """
+
+    layer: str
+    block: int
+    departing: int
+    blocks: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether at least half of the blocks depart, so that no single one can be blamed."""
+        return self.blocks > 0 and 2 * self.departing >= self.blocks
+
+
+def name_place(
+    features: Sequence[Feature], failed: Mask, strength: Floats, size: Floats, blocks: Sequence[str]
+) -> Place:
+    """The block that a departure starts in.
+
+    Args:
+        features: F.
+        failed: [F], which depart.
+        strength: [F], how clearly: |t|.
+        size: [F], how much, in units of the smallest change worth failing for. A block counts as
+            departing if it does so by a quarter of the largest: a change in one block moves others a
+            little.
+        blocks: names, forward order.
+    """
+    hits: list[int] = np.flatnonzero(failed).tolist()
+    if not hits:
+        return Place("", -1, 0, len(blocks))
+    on_blocks = [i for i in hits if features[i].block >= 0]
+    largest = max((float(size[i]) for i in on_blocks), default=0.0)
+    departing = {features[i].block for i in on_blocks if size[i] >= _COMPARABLE * largest}
+    chosen = -1
+    for kinds in (("rms",), ("act", "upd")):
+        found = [i for i in on_blocks if features[i].kind in kinds]
+        if found:
+            chosen = min(found, key=lambda i: features[i].block)
+            break
+    if chosen < 0:
+        chosen = max(on_blocks or hits, key=lambda i: float(strength[i]))
+    feature = features[chosen]
+    layer = blocks[feature.block] if feature.block >= 0 else feature.layer
+    return Place(layer, feature.block, len(departing), len(blocks))

@@ -1,0 +1,205 @@
+"""Exact facts: what has no noise, and must be as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from gradscope.gate.baseline import Baseline, ParameterRow
+from gradscope.gate.outcome import Change
+
+__all__ = ["Matched", "first_of", "match", "other_subject", "wrong_facts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The layers of a run beside those of the baseline.
+
+    Attributes:
+        run: the run, under the names of the baseline.
+        renamed: name in the baseline → name in the run, blocks and parameters.
+        removed: parameters that the run lacks.
+        added: those that the baseline lacks.
+    """
+
+    run: Baseline
+    renamed: Mapping[str, str]
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+
+
+def match(baseline: Baseline, run: Baseline) -> Matched:
+    """Give the run's layers the baseline's names: blocks by their order, parameters by shape and order.
+
+    A parameter is taken for one that was renamed if it lies in the same block, has the same shape and the
+    same last word (``weight``), and its own name is new.
+    """
+    new_name: dict[str, str] = {}
+    if len(baseline.blocks) == len(run.blocks):
+        new_name = {r: b for b, r in zip(baseline.blocks, run.blocks, strict=True) if b != r}
+    own = {name: _moved(name, new_name) for name in run.parameters}
+    lost = [n for n in baseline.parameters if n not in set(own.values())]
+    fresh = [n for n in run.parameters if own[n] not in baseline.parameters]
+    for name in fresh:
+        parameter = run.parameters[name]
+        for candidate in lost:
+            if (
+                baseline.parameters[candidate].shape == parameter.shape
+                and candidate.rpartition(".")[2] == name.rpartition(".")[2]
+                and _block_of(candidate, baseline.blocks) == _block_of(own[name], baseline.blocks)
+            ):
+                own[name] = candidate
+                lost.remove(candidate)
+                break
+    added = tuple(n for n in fresh if own[n] not in baseline.parameters)
+    renamed = {b: r for r, b in {**new_name, **own}.items() if b != r and r not in added}
+    return Matched(_renamed(run, {r: b for b, r in renamed.items()}), renamed, tuple(lost), added)
+
+
+def _moved(name: str, blocks: Mapping[str, str]) -> str:
+    for old, new in blocks.items():
+        old, new = old.partition(" call ")[0], new.partition(" call ")[0]
+        if name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _block_of(name: str, blocks: Sequence[str]) -> int:
+    """Index of the first block that a parameter lies in; −1 for none."""
+    found = [
+        (-len(b), i)
+        for i, b in enumerate(blocks)
+        if name.startswith(f"{b.partition(' call ')[0]}.") or name == b
+    ]
+    return min(found)[1] if found else -1
+
+
+def _renamed(run: Baseline, names: Mapping[str, str]) -> Baseline:
+    if not names:
+        return run
+
+    def new(name: str) -> str:
+        own, bracket, part = name.partition("[")
+        if own.startswith("input of "):
+            return f"input of {new(name.removeprefix('input of '))}"
+        for old, here in trunks.items():
+            if own == old or own.startswith(f"{old}:") or f" {old}.*" in own:
+                own = own.replace(old, here, 1)
+        return names.get(own, own) + bracket + part
+
+    # Trunks are called after the container of their blocks, and so are the means over blocks.
+    trunks = {
+        old.rpartition(".")[0]: here.rpartition(".")[0]
+        for old, here in names.items()
+        if old in run.blocks
+    }
+    trunks.pop("", None)
+    features = tuple(
+        replace(item, feature=replace(item.feature, layer=new(item.feature.layer)))
+        for item in run.features
+    )
+    return replace(
+        run,
+        blocks=tuple(map(new, run.blocks)),
+        architecture={new(k): v for k, v in run.architecture.items()},
+        parameters={new(k): v for k, v in run.parameters.items()},
+        features=features,
+        activation={new(k): v for k, v in run.activation.items()},
+        output_grad={new(k): v for k, v in run.output_grad.items()},
+    )
+
+
+def other_subject(baseline: Baseline, run: Baseline) -> list[Change]:
+    """Why the baseline is of something else; empty where it applies."""
+    found = [
+        Change(layer=what, feature="fingerprint", expected=old, obtained=new)
+        for what in ("batch", "batch tensors", "mode")
+        if (old := baseline.fingerprint.get(what, "")) != (new := run.fingerprint.get(what, ""))
+    ]
+    if baseline.kind != run.kind:
+        found.append(
+            Change(layer="replicates", feature="fingerprint", expected=baseline.kind, obtained=run.kind)
+        )
+    if len(baseline.blocks) != len(run.blocks):
+        found.append(
+            Change(
+                layer="blocks",
+                feature="architecture",
+                expected=baseline.fingerprint.get("blocks", str(len(baseline.blocks))),
+                obtained=run.fingerprint.get("blocks", str(len(run.blocks))),
+            )
+        )
+        return found
+    for name, old in baseline.parameters.items():
+        new = run.parameters.get(name)
+        if new is not None and new.shape != old.shape:
+            found.append(Change(layer=name, feature="shape", expected=_shape(old), obtained=_shape(new)))
+    return found
+
+
+def _shape(row: ParameterRow) -> str:
+    return "×".join(map(str, row.shape)) or "scalar"
+
+
+def wrong_facts(baseline: Baseline, matched: Matched) -> list[Change]:
+    """Every exact fact that is not as it was, in the order of the forward pass."""
+    run, found = matched.run, list[Change]()
+
+    def say(layer: str, feature: str, expected: object, obtained: object) -> None:
+        block = _block_of(layer, baseline.blocks)
+        found.append(
+            Change(
+                layer=layer, feature=feature, expected=str(expected), obtained=str(obtained), block=block
+            )
+        )
+
+    for name in matched.removed:
+        say(name, "parameter", _shape(baseline.parameters[name]), "removed")
+    for name in matched.added:
+        say(name, "parameter", "–", f"added, {_shape(run.parameters[name])}")
+    for name, old in baseline.parameters.items():
+        new = run.parameters.get(name)
+        if new is None:
+            continue
+        if new.trained != old.trained:
+            say(name, "requires_grad", old.trained, new.trained)
+        elif old.gradient != "mixed" and new.gradient != old.gradient:
+            say(name, "gradient", old.gradient, new.gradient)
+        elif (
+            old.zero_rows is not None
+            and new.zero_rows is not None
+            and abs(new.zero_rows - old.zero_rows) > 1e-5
+        ):
+            say(name, "gradient rows that are 0", f"{old.zero_rows:.1%}", f"{new.zero_rows:.1%}")
+    if run.nonfinite and not baseline.nonfinite:
+        say("the model", "NaN or infinite", "none", "some")
+    if baseline.architecture and run.architecture:
+        for block, old_kind in baseline.architecture.items():
+            new_kind = run.architecture.get(block, "none")
+            if new_kind != old_kind and "unproved" not in old_kind + new_kind:
+                say(block, "skip and norm", old_kind, new_kind)
+    now = {item.feature.name: item for item in run.features}
+    for item in baseline.features:
+        other = now.get(item.feature.name)
+        if other is None or item.feature.kind == "mean" or "mixed" in (item.state, other.state):
+            continue
+        if item.state != other.state and {item.state, other.state} & {"zero", "not finite"}:
+            say(item.feature.layer, item.feature.kind, item.state, other.state)
+    return found
+
+
+def first_of(changes: Sequence[Change], blocks: Sequence[str]) -> str:
+    """Where exact facts depart: the first block, the one nearest the loss for what has no gradient.
+
+    A gradient that is cut is missing everywhere in front of the cut.
+    """
+    inside = [c for c in changes if c.block >= 0]
+    if not inside:
+        return changes[0].layer if changes else ""
+    forward = [c for c in inside if c.feature in ("skip and norm", "parameter", "requires_grad")]
+    departing = {c.block for c in inside}
+    if 2 * len(departing) >= len(blocks) > 1 and len({c.block for c in forward}) != 1:
+        return f"{len(departing)} of {len(blocks)} blocks"
+    if forward:
+        return blocks[min(c.block for c in forward)]
+    return blocks[max(c.block for c in inside)]

@@ -1,0 +1,201 @@
+"""Replicates of a model as a baseline holds them: for taking one, and for comparing with one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gradscope.analysis.decay import fit_decay
+from gradscope.analysis.gate.features import read_features
+from gradscope.analysis.view import View
+from gradscope.errors import GateError, GradscopeError, MeasureError
+from gradscope.experiment.checksum import digest
+from gradscope.experiment.effective_depth import effective_depth
+from gradscope.experiment.progress import counted
+from gradscope.experiment.replicate import Replicate, Replicates, joined, kinds_of_skip
+from gradscope.gate.baseline import PAIRED, Baseline, Expected, ParameterRow
+from gradscope.record import Record
+
+__all__ = ["as_batches", "depths", "observe", "skips", "take"]
+
+
+def as_batches(batch: Any) -> list[Any]:
+    """The batches that a given model is measured on.
+
+    Raises:
+        GateError: one batch instead of several.
+    """
+    if isinstance(batch, Mapping) or hasattr(batch, "shape") or not isinstance(batch, Iterable):
+        raise GateError(
+            "A given model has no initialisations to repeat: its replicates are batches. Give a list of "
+            "20 batches, or a function that makes the model: lambda: Model(...)."
+        )
+    return list(batch)
+
+
+def take(
+    make_model: Any,
+    batch: Any,
+    loss: Any = None,
+    *,
+    replicates: int = 20,
+    seeds: Sequence[int] | None = None,
+    progress: bool = False,
+) -> Baseline:
+    """See `gradscope.gate.take`."""
+    runner = Replicates(make_model, batch, loss)
+    if isinstance(make_model, nn.Module):
+        batches = as_batches(batch)[:replicates]
+        numbers = list(range(len(batches)))
+    else:
+        batches = []
+        numbers = list(range(replicates) if seeds is None else seeds)
+    if len(set(numbers)) < max(3, len(numbers)):
+        raise GateError(
+            f"{len(numbers)} replicates are too few, or some are the same: take 20 different ones (with "
+            "5, one baseline in eight fails every later run)."
+        )
+    found = [
+        runner.run(n, batches[n] if batches else None)
+        for n in counted(numbers, "gradient baseline: replicate", show=progress)
+    ]
+    first = batches[0] if batches else batch
+    return observe(
+        found,
+        batch=first,
+        batches=[digest(item)[0] for item in batches],
+        architecture=skips(runner, found[0], first, loss),
+        effective_depth=depths(runner, numbers[:PAIRED], batches or [batch] * PAIRED, loss),
+    )
+
+
+def skips(runner: Replicates, first: Replicate, batch: Any, loss: Any) -> Mapping[str, str]:
+    """The architecture table; empty where it cannot be read."""
+    try:
+        return kinds_of_skip(runner.model(first.seed), batch, loss)
+    except MeasureError:
+        return {}
+
+
+def depths(
+    runner: Replicates, seeds: Sequence[int], batches: Sequence[Any], loss: Any
+) -> tuple[float, ...]:
+    """Effective depth D of each seed's model; empty where it does not exist for this model."""
+    found: list[float] = []
+    for seed, batch in zip(seeds, batches, strict=False):
+        try:
+            value = effective_depth(runner.model(seed), batch, loss, progress=False).value
+        except GradscopeError:
+            return ()
+        if not math.isfinite(value):
+            return ()
+        found.append(value)
+    return tuple(found)
+
+
+def observe(
+    replicates: Sequence[Replicate],
+    *,
+    batch: Any,
+    batches: Sequence[str] = (),
+    architecture: Mapping[str, str] | None = None,
+    effective_depth: tuple[float, ...] = (),
+    summary: bool = True,
+) -> Baseline:
+    """What these replicates say, as a `Baseline`; a run that is compared with one has the same form.
+
+    Args:
+        replicates: of one model.
+        batch: the batch, or the first of them.
+        batches: digests, where replicates are batches.
+        architecture: block → kinds of skip.
+        effective_depth: of the first replicates.
+        summary: whether to fit the family of decay, for the reader.
+    """
+    record = joined(replicates)
+    features = read_features(record)
+    view = View(record)
+    words = view.words("param_grad", "l2")
+    columns = {site.layer: i for i, site in enumerate(view.grid("param_grad", "l2").sites)}
+    parameters: dict[str, ParameterRow] = {}
+    first = replicates[0]
+    for name, facts in first.parameters.items():
+        same = [r.parameters[name] for r in replicates if name in r.parameters]
+        shares = {x.zero_rows for x in same}
+        share = shares.pop() if len(shares) == 1 else math.nan
+        column = columns.get(name)
+        seen = set() if column is None else {str(w) for w in words[:, column]}
+        parameters[name] = ParameterRow(
+            shape=facts.shape,
+            trained=facts.requires_grad,
+            gradient=seen.pop() if len(seen) == 1 else "mixed",
+            zero_rows=None if math.isnan(share) else share,
+            constant=facts.constant,
+            checksum=tuple(x.checksum for x in same[:PAIRED]),
+        )
+    return Baseline(
+        kind=str(record.header["replicates"]),
+        fingerprint=_fingerprint(record, batch, bool(batches)),
+        summary=_summary(record, effective_depth) if summary else {},
+        effective_depth=effective_depth,
+        seeds=tuple(r.seed for r in replicates),
+        batches=tuple(batches),
+        blocks=features.blocks,
+        architecture=architecture or {},
+        parameters=parameters,
+        features=Expected.all_of(features),
+        nonfinite=_nonfinite(view),
+        activation=_checksums([r.activation for r in replicates[:PAIRED]]),
+        output_grad=_checksums([r.output_grad for r in replicates[:PAIRED]]),
+    )
+
+
+def _checksums(found: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(one.get(name, math.nan) for one in found) for name in found[0]}
+
+
+def _nonfinite(view: View) -> bool:
+    signals = ("activation", "output_grad", "param_grad")
+    return any(bool((view.grid(s, "nonfinite").value > 0).any()) for s in signals)
+
+
+def _fingerprint(record: Record, batch: Any, several: bool) -> dict[str, str]:
+    header = record.header
+    content, tensors = digest(batch)
+    versions = header["versions"]
+    loss = float(np.mean([s.loss for s in record.steps if s.loss is not None] or [math.nan]))
+    return {
+        "model": str(header["model"]),
+        "blocks": ", ".join(f"{name}: {n}" for name, n in header["trunks"].items()),
+        "batch": "one per replicate" if several else content,
+        "batch tensors": tensors,
+        "loss": f"{loss:.4g}",
+        "mode": str(header["mode"]),
+        "dtype": str(header["dtype"]),
+        "device": str(header["device"]),
+        "torch": str(versions["torch"]),
+        "gradscope": str(versions["gradscope"]),
+    }
+
+
+def _summary(record: Record, effective: tuple[float, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for trunk in record.trunks:
+        what = f" of {trunk}" if len(record.trunks) > 1 else ""
+        try:
+            fit = fit_decay(record, trunk=trunk)
+        except GradscopeError as error:
+            found[f"decay{what}"] = str(error)
+            continue
+        found[f"family{what}"] = fit.family if fit.ok else fit.status
+        found[f"Δ{what}"] = f"{fit.delta} nats"
+        found[f"ξ{what}"] = str(fit.depth_scale)
+    if effective:
+        found["D"] = f"{np.mean(effective):.4g} branches (mean of {len(effective)})"
+    else:
+        found["D"] = "none: the branches of this model cannot be read"
+    return found

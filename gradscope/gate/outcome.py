@@ -1,0 +1,175 @@
+"""What a check found, and how it is said in a terminal, a CI log and a pull request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+__all__ = ["Change", "Outcome", "Profile"]
+
+_ROWS: Final = 8
+_BARS: Final = "▁▂▃▄▅▆▇█"
+_WIDEST: Final = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One thing that is not as in the baseline.
+
+    Attributes:
+        layer: block, parameter, or what else it is about.
+        feature: kind of feature (``flow``, ``rms``, …), or the exact fact (``gradient``, ``shape``, …).
+        expected: as in the baseline: nats for features.
+        obtained: in this run.
+        change: obtained − expected in nats; NaN for exact facts.
+        tolerance: the smallest change worth failing for, nats; NaN for exact facts.
+        probability: of a change as clear as this one in unchanged code: 0 for exact facts and for the
+            same seeds, where nothing but rounding differs.
+        block: index of the block, −1 off the blocks.
+    """
+
+    layer: str
+    feature: str
+    expected: str
+    obtained: str
+    change: float = math.nan
+    tolerance: float = math.nan
+    probability: float = 0.0
+    block: int = -1
+
+    @property
+    def row(self) -> tuple[str, str, str, str, str, str]:
+        """Layer, feature, expected, obtained, change, probability, in words."""
+        change = "–"
+        if math.isfinite(self.change):
+            change = f"{self.change:+.3f} nat (×{math.exp(max(min(self.change, 99), -99)):.3g})"
+        p = "exact" if self.probability == 0 else f"{self.probability:.1e}"
+        return self.layer, self.feature, self.expected, self.obtained, change, p
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A level over depth, expected and obtained.
+
+    Attributes:
+        name: what it is.
+        expected: nats, one per position; NaN where it is not known.
+        obtained: the same.
+    """
+
+    name: str
+    expected: tuple[float, ...]
+    obtained: tuple[float, ...]
+
+    def __str__(self) -> str:
+        known = [x for x in (*self.expected, *self.obtained) if math.isfinite(x)]
+        if not known:
+            return f"{self.name}: nothing measured"
+        low, high = min(known), max(known)
+        return (
+            f"{self.name}, {low:.2f} to {high:.2f} nat\n"
+            f"  expected {_bars(self.expected, low, high)}\n"
+            f"  obtained {_bars(self.obtained, low, high)}"
+        )
+
+
+def _bars(values: tuple[float, ...], low: float, high: float) -> str:
+    step = max(1, math.ceil(len(values) / _WIDEST))
+    top = len(_BARS) - 1
+    return "".join(
+        _BARS[round((x - low) / (high - low) * top) if high > low else 0] if math.isfinite(x) else "·"
+        for x in values[::step]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The result of a check.
+
+    Attributes:
+        status: ``passed``; ``suspicious``: flagged by the first fresh replicates and not confirmed by the
+            further ones, which passes; ``failed``; ``not applicable``: the baseline is of something else.
+        reason: one sentence.
+        tier: what decided: ``exact facts``, ``same seeds``, ``other seeds`` or ``fingerprint``.
+        where: the block that departs first, or ``k of n blocks``; empty where nothing departs.
+        changes: what departs, the named block's first.
+        layers: the names of all that departs.
+        notes: what to know besides.
+        resolution: kind of feature → the median over layers of the smallest change that this check would
+            have caught with 95 % power, nats.
+        replicates: how many were run.
+        profiles: gradient and activation over depth.
+        model: the model's name.
+    """
+
+    status: str
+    reason: str
+    tier: str
+    where: str = ""
+    changes: tuple[Change, ...] = ()
+    notes: tuple[str, ...] = ()
+    resolution: Mapping[str, float] = field(default_factory=dict[str, float])
+    replicates: int = 0
+    profiles: tuple[Profile, ...] = ()
+    model: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a test must fail: ``failed``, or ``not applicable``, where nothing was checked."""
+        return self.status in ("failed", "not applicable")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that depart, each once."""
+        return tuple(dict.fromkeys(c.layer for c in self.changes))
+
+    def __str__(self) -> str:
+        lines = [f"gradient baseline of {self.model}: {self.status}. {self.reason}"]
+        if self.changes:
+            head = ("layer", "feature", "expected", "obtained", "change", "probability")
+            rows = [head, *(c.row for c in self.changes[:_ROWS])]
+            widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+            lines += [
+                "  " + "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
+                for row in rows
+            ]
+            lines += self._more()
+        if self.status in ("failed", "suspicious"):
+            lines += [f"  {line}" for profile in self.profiles for line in str(profile).split("\n")]
+        lines += [f"  {line}" for line in self._footer()]
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """The same for a pull-request comment."""
+        lines = [
+            f"**Gradient baseline of `{_escaped(self.model)}`: {self.status}.** {_escaped(self.reason)}"
+        ]
+        if self.changes:
+            lines += ["", "| layer | feature | expected | obtained | change | probability |"]
+            lines.append("|---|---|---|---|---|---|")
+            lines += [f"| {' | '.join(map(_escaped, c.row))} |" for c in self.changes[:_ROWS]]
+            lines += self._more()
+        if self.status in ("failed", "suspicious") and self.profiles:
+            lines += ["", "```text", *(str(profile) for profile in self.profiles), "```"]
+        lines += ["", *(f"- {_escaped(line)}" for line in self._footer())]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def _more(self) -> list[str]:
+        rest = len(self.changes) - _ROWS
+        return [f"  and {rest} more"] if rest > 0 else []
+
+    def _footer(self) -> list[str]:
+        lines: list[str] = []
+        if self.resolution:
+            sizes = ", ".join(f"{kind} {size:.2g}" for kind, size in self.resolution.items())
+            lines.append(
+                f"resolution, {self.replicates} replicates ({self.tier}): a change of one layer is seen "
+                f"from [nat] {sizes}"
+            )
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -1,0 +1,280 @@
+"""A gradient baseline: what it holds, what its file refuses, what it catches and where it says it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from gradscope import gate
+from gradscope.analysis.gate.moderated import Moments, moderated_t
+from gradscope.analysis.gate.tolerance import DEFAULTS, parse_tolerance
+from gradscope.errors import GateError
+from gradscope.experiment.checksum import checksum, digest
+from gradscope.reference import Transformer, next_token_loss
+
+BLOCK = 5
+
+
+def make() -> Transformer:
+    return Transformer(depth=8, width=32, vocabulary=64, context=16)
+
+
+def other_seeds(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The same model, drawn later in the random order."""
+
+    def later() -> nn.Module:
+        torch.rand(3)
+        return make()
+
+    return later
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.fixture(scope="module")
+def baseline(batch: tuple[Tensor, Tensor]) -> gate.Baseline:
+    return gate.take(make, batch, next_token_loss)
+
+
+# -- the same ------------------------------------------------------------------------------------
+
+
+def test_unchanged_code_passes_with_its_resolution(baseline, batch):
+    outcome = gate.check(baseline, make, batch, next_token_loss)
+    assert (outcome.status, outcome.tier, outcome.failed) == ("passed", "same seeds", False)
+    assert "resolution" in str(outcome)
+
+
+def test_other_seeds_pass_and_say_where_the_random_order_changed(baseline, batch):
+    outcome = gate.check(baseline, other_seeds(make), batch, next_token_loss)
+    assert (outcome.status, outcome.tier) == ("passed", "other seeds")
+    assert "random order changed from embed.tokens.weight on" in str(outcome)
+    assert all(outcome.resolution[kind] >= DEFAULTS[kind] for kind in ("flow", "rms", "gup"))
+
+
+def test_checking_leaves_the_random_state_alone(baseline, batch):
+    before = torch.get_rng_state()
+    gate.check(baseline, make, batch, next_token_loss)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# -- another thing -------------------------------------------------------------------------------
+
+
+def test_another_batch_or_depth_is_not_applicable(baseline, batch):
+    tokens, targets = batch
+    outcome = gate.check(baseline, make, (tokens.flip(0), targets), next_token_loss)
+    assert (outcome.status, outcome.layers) == ("not applicable", ("batch",))
+    outcome = gate.check(
+        baseline,
+        lambda: Transformer(depth=6, width=32, vocabulary=64, context=16),
+        batch,
+        next_token_loss,
+    )
+    assert (outcome.status, outcome.layers) == ("not applicable", ("blocks",))
+    assert outcome.failed
+
+
+# -- planted -------------------------------------------------------------------------------------
+
+
+def skipless() -> nn.Module:
+    model = make()
+    model.blocks[BLOCK].attention.skip = model.blocks[BLOCK].feed_forward.skip = "none"  # type: ignore[union-attr]
+    return model
+
+
+def scaled(factor: float) -> Callable[[], nn.Module]:
+    def maker() -> nn.Module:
+        model = make()
+        with torch.no_grad():
+            for parameter in model.blocks[BLOCK].parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(factor)
+        return model
+
+    return maker
+
+
+def frozen() -> nn.Module:
+    model = make()
+    model.blocks[BLOCK].attention.requires_grad_(False)
+    return model
+
+
+def tanh() -> nn.Module:
+    model = make()
+    model.blocks[BLOCK].feed_forward.branch.function.activation = nn.Tanh()  # type: ignore[union-attr]
+    return model
+
+
+def detached() -> nn.Module:
+    model = make()
+    handle = model.blocks[BLOCK].feed_forward.branch
+    handle.register_forward_hook(lambda module, args, output: output.detach())
+    return model
+
+
+@pytest.mark.parametrize("order", ["same seeds", "other seeds"])
+@pytest.mark.parametrize(
+    "planted",
+    [skipless, scaled(1.3), scaled(1.1), frozen, tanh, detached],
+    ids=["no skip", "init 1.3", "init 1.1", "frozen", "tanh", "detached"],
+)
+def test_a_planted_regression_fails_and_its_block_is_named(baseline, batch, planted, order):
+    maker = planted if order == "same seeds" else other_seeds(planted)
+    outcome = gate.check(baseline, maker, batch, next_token_loss)
+    assert outcome.status == "failed", outcome
+    assert outcome.where == f"blocks.{BLOCK}", outcome
+    assert f"blocks.{BLOCK}" in str(outcome) and f"blocks.{BLOCK}" in outcome.markdown()
+
+
+def test_a_change_of_all_blocks_is_not_blamed_on_one(baseline, batch):
+    outcome = gate.check(
+        baseline,
+        lambda: Transformer(depth=8, width=32, vocabulary=64, context=16, activation="tanh"),
+        batch,
+        next_token_loss,
+    )
+    assert outcome.where == "8 of 8 blocks"
+
+
+def test_a_tolerance_is_the_smallest_change_worth_failing_for(baseline, batch):
+    wide = ",".join(f"{kind}:2nat" for kind in DEFAULTS if " " not in kind)
+    assert not gate.check(baseline, scaled(1.1), batch, next_token_loss, tolerance=wide).failed
+    narrow = gate.check(baseline, make, batch, next_token_loss, tolerance="effective_depth:10%")
+    assert narrow.status == "passed"
+    found = gate.check(baseline, scaled(2.0), batch, next_token_loss, tolerance="effective_depth:10%")
+    assert any(change.feature == "effective_depth" for change in found.changes)
+
+
+# -- names ---------------------------------------------------------------------------------------
+
+
+def test_renamed_layers_are_matched_and_said(baseline, batch):
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = make()
+            self.embed, self.layers = inner.embed, inner.blocks
+            self.final_norm, self.head = inner.final_norm, inner.head
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens)
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(self.final_norm(x))
+
+    outcome = gate.check(baseline, Renamed, batch, next_token_loss)
+    assert outcome.status == "passed", outcome
+    assert "blocks.0 → layers.0" in str(outcome)
+
+
+# -- the file ------------------------------------------------------------------------------------
+
+
+def test_the_file_is_read_back_and_has_one_line_per_layer(baseline, tmp_path):
+    path = baseline.save(tmp_path / "model.json")
+    again = gate.Baseline.load(path)
+    assert again.features == baseline.features and again.fingerprint == baseline.fingerprint
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert sum(line.strip().startswith('"flow blocks.3"') for line in lines) == 1
+    assert str(again) == str(baseline) and "D:" in str(again) and "ξ" in str(again)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: text.replace('"schema": 1', '"schema": 99'), "newer"),
+        (lambda text: json.dumps({"a": 1}), "no gradient baseline"),
+        (lambda text: text.replace('"mean"', '"median"'), "damaged"),
+        (lambda text: "\x00\x01", "damaged"),
+    ],
+)
+def test_a_file_that_is_not_understood_is_refused_and_kept(baseline, tmp_path, damage, said):
+    path = tmp_path / "model.json"
+    path.write_text(damage(baseline.save(tmp_path / "whole.json").read_text("utf-8")), "utf-8")
+    before = path.read_bytes()
+    with pytest.raises(GateError, match=said):
+        gate.Baseline.load(path)
+    with pytest.raises(GateError, match="not overwritten"):
+        baseline.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_missing_file(tmp_path: Path):
+    with pytest.raises(GateError, match="There is no baseline"):
+        gate.Baseline.load(tmp_path / "none.json")
+
+
+# -- the parts -----------------------------------------------------------------------------------
+
+
+def test_the_moderated_t_of_one_layer_is_students():
+    """Roles of fewer than four layers borrow nothing: scipy's two-sample t with equal variances."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(20, 3)), rng.normal(0.5, 1.0, size=(5, 3))
+    found = moderated_t(Moments.of(a), Moments.of(b), np.arange(3))
+    expected = stats.ttest_ind(b, a, equal_var=True)
+    np.testing.assert_allclose(found.t, expected.statistic, rtol=1e-10)
+    np.testing.assert_allclose(found.p_value, expected.pvalue, rtol=1e-9)
+
+
+def test_the_moderated_t_holds_its_level():
+    """Layers whose variances differ by a factor of some e: p below .01 in 1 % of features."""
+    rng = np.random.default_rng(1)
+    scale = np.exp(rng.normal(0, 0.3, 12))
+    small = 0
+    for _ in range(400):
+        a, b = rng.normal(size=(20, 12)) * scale, rng.normal(size=(5, 12)) * scale
+        small += int((moderated_t(Moments.of(a), Moments.of(b), np.zeros(12, int)).p_value < 0.01).sum())
+    assert stats.binom.ppf(1e-4, 4800, 0.01) <= small <= stats.binom.ppf(1 - 1e-3, 4800, 0.015)
+
+
+def test_equal_variances_are_pooled_as_far_as_the_prior_goes():
+    """Equal s² in all layers: no excess spread, d_0 = 10 and s̃² = s²."""
+    mean, variance = np.zeros(6), np.full(6, 4.0)
+    found = moderated_t(Moments(mean, variance, 20), Moments(mean + 1, variance, 5), np.zeros(6, int))
+    np.testing.assert_allclose(found.degrees, 33)
+    np.testing.assert_allclose(found.error, 2 * math.sqrt(1 / 20 + 1 / 5))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 14, 40_000])
+def test_the_checksum_is_its_formula(size):
+    v = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    i = torch.arange(size, dtype=torch.float64)
+    expected = float((v * torch.cos(2.399963 * i)).sum() / v.norm())
+    assert checksum(v) == pytest.approx(expected, abs=2e-5)
+    assert checksum(3 * v) == pytest.approx(expected, abs=2e-5)
+
+
+def test_a_digest_depends_on_content_alone():
+    a = {"x": torch.arange(6).reshape(2, 3), "n": 3}
+    assert digest(a) == digest({"x": torch.arange(6).reshape(2, 3), "n": 3})
+    assert digest(a)[0] != digest({"x": torch.arange(6).reshape(3, 2), "n": 3})[0]
+    assert digest(a)[0] != digest({"x": torch.arange(6).reshape(2, 3), "n": 4})[0]
+
+
+def test_tolerances():
+    found = parse_tolerance("flow:20%, delta:.5nat,effective_depth:10%")
+    assert found.of("flow") == pytest.approx(math.log(1.2))
+    assert found.of("delta") == 0.5 and found.of("rms") == DEFAULTS["rms"]
+    assert parse_tolerance(None).of("mean", "mean rms blocks.*.weight") == DEFAULTS["mean rms"]
+    for wrong in ("flow", "flow:20", "speed:3%", "flow:-1nat"):
+        with pytest.raises(GateError, match="write kind"):
+            parse_tolerance(wrong)
