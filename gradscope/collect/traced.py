@@ -13,8 +13,9 @@ could no longer share one graph.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,7 +25,7 @@ from gradscope.collect import hook_guards
 from gradscope.collect.passes import Call, Pass, Slot, TrunkPass
 from gradscope.collect.setting import device_of
 from gradscope.layers import Layer
-from gradscope.statistics import ACTIVATION, GRADIENT, Value, robust_moments
+from gradscope.statistics import ACTIVATION, GRADIENT, Value, one_pass, robust_moments
 
 __all__ = ["COMPILED", "Traced", "TracedSite", "settle"]
 
@@ -126,19 +127,52 @@ def _measure_in_graph(x: Tensor, axis: int, forward: Tensor, backward: Tensor, c
 
 
 def _write(rows: Tensor, x: Tensor, axis: int, clock: Tensor) -> None:
+    if x.device.type == "cpu" and one_pass.available():
+        numbers = _measure_op()(x, axis)
+    else:
+        numbers = _numbers(x, axis, clock)
+    # A copy, no view: what a backward pass needs of the forward's values is saved, and must not change.
+    old = rows.clone()
+    newest = torch.cat((numbers, clock, old[0, _CALL:] + 1))[None]
+    rows.copy_(torch.cat((newest, old[:-1])))
+
+
+def _numbers(x: Tensor, axis: int, like: Tensor) -> Tensor:
+    """The `_NUMBERS` of a tensor, by operations that a graph can hold; as float64 where ``like`` is."""
     if x.dtype != torch.float64:
         x = x.float()
     count = x.numel()
     moments = robust_moments(x)
     moments["tokens"] = count / (x.shape[axis] if x.dim() > 1 else count)
-    numbers = [
-        value if isinstance(value, Tensor) else clock.new_full((), value)
-        for value in (moments[name] for name in _NUMBERS)
-    ]
-    # A copy, no view: what a backward pass needs of the forward's values is saved, and must not change.
-    old = rows.clone()
-    newest = torch.cat((torch.stack(numbers), clock, old[0, _CALL:] + 1))[None]
-    rows.copy_(torch.cat((newest, old[:-1])))
+    return torch.stack(
+        [
+            value if isinstance(value, Tensor) else like.new_full((), value)
+            for value in (moments[name] for name in _NUMBERS)
+        ]
+    )
+
+
+@functools.cache
+def _measure_op() -> Callable[[Tensor, int], Tensor]:
+    """An operation of torch's, made on first use, that reads a tensor on a CPU once.
+
+    What the graph's back end makes of `_numbers` there are several passes in double precision.
+    """
+
+    def measure(x: Tensor, axis: int) -> Tensor:
+        found = one_pass.moments(x)
+        if found is None:
+            return _numbers(x, axis, torch.empty((), dtype=torch.float64))
+        count = found[1]
+        tokens = count / (x.shape[axis] if x.dim() > 1 else count)
+        return torch.tensor([*found[:2], tokens, *found[2:]], dtype=torch.float64)
+
+    def empty(x: Tensor, axis: int) -> Tensor:
+        return x.new_empty(len(_NUMBERS), dtype=torch.float64)
+
+    op = torch.library.custom_op("gradscope::measure", measure, mutates_args=())
+    op.register_fake(empty)
+    return op
 
 
 class Traced:
