@@ -110,3 +110,18 @@ def test_the_oracle_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError):
         cycles_leave_nothing(rounds=3, cycles=5)
     assert kept
+
+
+def test_backward_passes_that_raise_again_and_again_hold_no_memory() -> None:
+    model = stack()
+
+    def fail(grad: object) -> None:
+        raise RuntimeError("now")
+
+    model.blocks[1].register_forward_hook(lambda m, a, out: (out.register_hook(fail), out)[1])
+    with gradscope.watch(model, warn=False) as scope:
+        for i in range(20):
+            with pytest.raises(RuntimeError, match="now"):
+                square_loss(model, batch(i)).backward()
+            assert len(scope._recorder.passes) <= 2
+    assert not scope.record.steps

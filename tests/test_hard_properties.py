@@ -27,7 +27,11 @@ WIDTH = 4
 LEAVES = ("linear", "norm", "tanh", "identity", "in place", "dropout")
 STRUCTURES = ("tuple", "dict", "dataclass", "named", "nested")
 #: What may be absent though a plain twin has it, with the reason that is given then.
-ABSENT = ("not supported: called several times in one re-entrant checkpoint",)
+#: Under re-entrant checkpointing, a module that hands its input on is hooked in both of its forwards.
+ABSENT = (
+    "not supported: called several times in one re-entrant checkpoint",
+    "not supported: several backward passes through one forward",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Node(nn.Module):
             case "left out":
                 return x if self.variant % 2 else self.run(x)
             case "checkpoint":
+                x = x * 1  # what is handed through a checkpoint has a gradient of its own there
                 if self.plain:
                     return self.run(x)
                 reentrant = bool(self.variant % 2)
