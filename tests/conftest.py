@@ -13,6 +13,9 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+# The project's own plugin, also where the installed package does not name it yet.
+pytest_plugins = ["gradscope.pytest_plugin"]
+
 # No timed assertions; and on a machine that gates a change, the same examples in every run.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("gate", deadline=None, derandomize=True, database=None)

@@ -39,6 +39,12 @@ def test_installed_under_its_own_name():
     assert {s.name: s.value for s in scripts} == {"gradscope": "gradscope.cli:main"}
 
 
+def test_the_pytest_plugin_is_on_by_installation():
+    entry = PROJECT["project"]["entry-points"]["pytest11"]
+    # One name for the installed plugin and for `-p`, or pytest would find two.
+    assert entry == {"gradscope.pytest_plugin": "gradscope.pytest_plugin"}
+
+
 def test_the_command_is_there():
     from gradscope.cli import main
 

@@ -36,7 +36,8 @@ def write(baseline: Baseline, path: Path) -> Path:
             read(path)
         except GateError as error:
             raise GateError(f"{error} {'' if _ADVICE in str(error) else _ADVICE}".rstrip()) from None
-        if not os.access(path, os.W_OK):
+        # Root may write everything, and a new file takes the place of the old one: its mode says no.
+        if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o222:
             raise GateError(
                 f"{path} is read-only and was not changed. Make it writable to accept a change."
             )
