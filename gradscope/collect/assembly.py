@@ -199,8 +199,9 @@ class Assembler:
         """Trunk and depth of every (site, call) on the axis, from the first pass that has it."""
         places: dict[tuple[int, int], tuple[str, float]] = {}
         branches: dict[tuple[str, int], list[int]] = {}
+        shown = self._shown()
         for site, layer in enumerate(self.layers):
-            if layer.branch is not None and layer.block is not None and self._is_branch(site):
+            if layer.branch is not None and layer.block is not None and shown[site]:
                 branches.setdefault((layer.trunk, layer.block), []).append(site)
         # Sites are in the order of definition, which need not be that of the forward pass.
         came: dict[int, int] = {}
@@ -245,21 +246,18 @@ class Assembler:
                 places.setdefault((site, 0), (trunk, block + n / len(siblings)))
         return places
 
-    def _is_branch(self, site: int) -> bool:
-        """What the graph showed; where it could not be seen, what it showed in all other blocks.
+    def _shown(self) -> list[bool]:
+        """For each site, whether it is a branch: what the graph showed.
 
-        A trunk whose input is a constant (frozen embeddings) hides the stream in its first block.
+        Where that could not be seen, what it showed in all other blocks: a trunk whose input is a constant
+        (frozen embeddings) hides the stream in its first block.
         """
-        if site in self.verified:
-            return self.verified[site]
-
-        def place(site: int) -> tuple[str, str]:
-            layer = self.layers[site]
-            block = next(x for x in self.layers if x.is_block and x.same_block(layer))
-            return layer.trunk, layer.name.removeprefix(block.name)
-
-        elsewhere = [v for s, v in self.verified.items() if place(s) == place(site)]
-        return bool(elsewhere) and all(elsewhere)
+        blocks = {(x.trunk, x.block): x.name for x in self.layers if x.is_block}
+        places = [(x.trunk, x.name.removeprefix(blocks.get((x.trunk, x.block), ""))) for x in self.layers]
+        elsewhere: dict[tuple[str, str], bool] = {}
+        for site, verified in self.verified.items():
+            elsewhere[places[site]] = elsewhere.get(places[site], True) and verified
+        return [self.verified.get(site, elsewhere.get(place, False)) for site, place in enumerate(places)]
 
     def _samples(
         self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]

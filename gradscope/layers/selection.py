@@ -52,10 +52,6 @@ class Layer:
     token_axis: int = 1
     parts: tuple[str, ...] = ()
 
-    def same_block(self, other: Layer) -> bool:
-        """Whether both belong to the same block of the same trunk."""
-        return (self.trunk, self.block) == (other.trunk, other.block)
-
     def feature_axis(self, axes: int) -> int:
         """The axis of features in an output of so many axes."""
         return 1 if axes in self.channels_first else -1
