@@ -249,8 +249,8 @@ class Assembler:
     def _shown(self) -> list[bool]:
         """For each site, whether it is a branch: what the graph showed.
 
-        Where that could not be seen, what it showed in all other blocks: a trunk whose input is a constant
-        (frozen embeddings) hides the stream in its first block.
+        Where that could not be seen, what it showed in all other blocks: a trunk whose input is a
+        constant (frozen embeddings) hides the stream in its first block.
         """
         blocks = {(x.trunk, x.block): x.name for x in self.layers if x.is_block}
         places = [(x.trunk, x.name.removeprefix(blocks.get((x.trunk, x.block), ""))) for x in self.layers]
