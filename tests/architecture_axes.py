@@ -13,7 +13,7 @@ __all__ = ["CODE_SAYS", "NO_AXIS", "NO_TRUNKS", "expected"]
 NO_AXIS = ("flaubert", "xlm")
 
 _BACKBONE = r".*stages\.\d+\.(layers|blocks)"
-#: Lists as long as a count says that are no trunks, by reading the code.
+#: Lists as long as a count says that are no trunks, by their names, trees and counts.
 NO_TRUNKS: dict[str, str] = {
     # Convolutions in front of trunks with attention.
     **dict.fromkeys(
@@ -64,7 +64,7 @@ def _stages(name: str, *blocks: int) -> dict[str, int]:
     return {name.format(i): n for i, n in enumerate(blocks) if n > 1}
 
 
-#: Trunks whose length no single count says, by reading the code.
+#: Trunks whose length no single count says, by other fields of the configuration, or the code.
 CODE_SAYS: dict[str, dict[str, int]] = {
     # One layer, called num_hidden_layers times.
     "albert": {"encoder.albert_layer_groups.0.albert_layers": 1},
