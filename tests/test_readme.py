@@ -57,3 +57,10 @@ def test_the_costs_are_those_of_the_benchmark() -> None:
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) == 16
     assert [row for row in rows if row not in found] == []
+
+
+def test_the_architectures_are_those_of_the_table() -> None:
+    found = (ROOT / "figures" / "architectures.md").read_text(encoding="utf-8")
+    right, asked, wrong = (int(n) for n in re.findall(r"(\d+)\s(?:right|asked for|wrong)", found)[:3])
+    assert wrong == 0
+    assert f"of {right + asked} that could be built, the right\nblocks in {right}" in README
