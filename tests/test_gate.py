@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from gradscope.errors import GateError
 from gradscope.experiment.checksum import checksum, digest
 from gradscope.reference import Transformer, next_token_loss
 
-BLOCK = 5
+BLOCK = 3
 
 
 def make() -> Transformer:
-    return Transformer(depth=8, width=32, vocabulary=64, context=16)
+    return Transformer(depth=6, width=32, vocabulary=64, context=16)
 
 
 def other_seeds(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -79,7 +80,7 @@ def test_another_batch_or_depth_is_not_applicable(baseline, batch):
     assert (outcome.status, outcome.layers) == ("not applicable", ("batch",))
     outcome = gate.check(
         baseline,
-        lambda: Transformer(depth=6, width=32, vocabulary=64, context=16),
+        lambda: Transformer(depth=5, width=32, vocabulary=64, context=16),
         batch,
         next_token_loss,
     )
@@ -144,11 +145,11 @@ def test_a_planted_regression_fails_and_its_block_is_named(baseline, batch, plan
 def test_a_change_of_all_blocks_is_not_blamed_on_one(baseline, batch):
     outcome = gate.check(
         baseline,
-        lambda: Transformer(depth=8, width=32, vocabulary=64, context=16, activation="tanh"),
+        lambda: Transformer(depth=6, width=32, vocabulary=64, context=16, activation="tanh"),
         batch,
         next_token_loss,
     )
-    assert outcome.where == "8 of 8 blocks"
+    assert outcome.where == "6 of 6 blocks"
 
 
 def test_a_tolerance_is_the_smallest_change_worth_failing_for(baseline, batch):
@@ -158,6 +159,62 @@ def test_a_tolerance_is_the_smallest_change_worth_failing_for(baseline, batch):
     assert narrow.status == "passed"
     found = gate.check(baseline, scaled(2.0), batch, next_token_loss, tolerance="effective_depth:10%")
     assert any(change.feature == "effective_depth" for change in found.changes)
+
+
+def test_a_sum_for_a_mean_is_another_loss(baseline, batch):
+    def summed(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return next_token_loss(model, pair) * pair[1].numel()
+
+    outcome = gate.check(baseline, make, batch, summed)
+    assert (outcome.status, outcome.layers) == ("not applicable", ("loss reduction",))
+    assert "a sum" in str(outcome)
+
+
+# -- a given model -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[tuple[Tensor, Tensor]]:
+    tokens = torch.randint(64, (35, 8, 17), generator=torch.Generator().manual_seed(2))
+    return [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+@pytest.fixture(scope="module")
+def given() -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.fixture(scope="module")
+def of_batches(given, batches) -> gate.Baseline:
+    return gate.take(given, batches[:20], next_token_loss)
+
+
+def test_a_given_model_passes_on_its_batches_and_on_others(of_batches, given, batches):
+    before = {name: p.clone() for name, p in given.named_parameters()}
+    same = gate.check(of_batches, given, batches[:20], next_token_loss)
+    assert (same.status, same.tier) == ("passed", "same seeds"), same
+    other = gate.check(of_batches, given, batches[20:], next_token_loss)
+    assert (other.status, other.tier) == ("passed", "other seeds"), other
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in given.named_parameters())
+
+
+@pytest.mark.parametrize("part", [slice(0, 20), slice(20, 35)], ids=["same", "others"])
+def test_a_given_model_that_changed_fails(of_batches, given, batches, part):
+    changed = copy.deepcopy(given)
+    with torch.no_grad():
+        changed.blocks[BLOCK].attention.branch.function.value.weight.mul_(1.3)
+    outcome = gate.check(of_batches, changed, batches[part], next_token_loss)
+    assert outcome.failed and outcome.where == f"blocks.{BLOCK}", outcome
+
+
+def test_a_maker_is_no_model(of_batches, baseline, given, batches, batch):
+    with pytest.raises(GateError, match="now a function"):
+        gate.check(of_batches, make, batch, next_token_loss)
+    with pytest.raises(GateError, match="now a model"):
+        gate.check(baseline, given, batches, next_token_loss)
+    with pytest.raises(GateError, match="20 batches"):
+        gate.take(given, torch.zeros(3), next_token_loss)
 
 
 # -- names ---------------------------------------------------------------------------------------
@@ -192,7 +249,7 @@ def test_the_file_is_read_back_and_has_one_line_per_layer(baseline, tmp_path):
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert sum(line.strip().startswith('"flow blocks.3"') for line in lines) == 1
+    assert sum(line.strip().startswith('"flow blocks.2"') for line in lines) == 1
     assert str(again) == str(baseline) and "D:" in str(again) and "ξ" in str(again)
 
 

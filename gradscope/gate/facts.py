@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from gradscope.gate.baseline import Baseline, ParameterRow
 from gradscope.gate.outcome import Change
 
 __all__ = ["Matched", "first_of", "match", "other_subject", "wrong_facts"]
+
+#: Nats by which loss and gradient may miss the factor between a sum and a mean, over seeds.
+_REDUCTION_WITHIN: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,8 @@ def other_subject(baseline: Baseline, run: Baseline) -> list[Change]:
         found.append(
             Change(layer="replicates", feature="fingerprint", expected=baseline.kind, obtained=run.kind)
         )
+    if not found:
+        found += _reduction(baseline, run)
     if len(baseline.blocks) != len(run.blocks):
         found.append(
             Change(
@@ -135,6 +143,34 @@ def other_subject(baseline: Baseline, run: Baseline) -> list[Change]:
         if new is not None and new.shape != old.shape:
             found.append(Change(layer=name, feature="shape", expected=_shape(old), obtained=_shape(new)))
     return found
+
+
+def _reduction(baseline: Baseline, run: Baseline) -> list[Change]:
+    """A loss that became a sum, or a mean: it and all gradients changed by a number of samples."""
+    old, new = (float(b.fingerprint.get("loss", "nan")) for b in (baseline, run))
+    if not (old * new > 0):
+        return []
+    factor = math.log(new / old)
+    ends = [
+        {item.feature.name: item.mean for item in b.features if item.feature.kind == "endpoint"}
+        for b in (baseline, run)
+    ]
+    shifts = [ends[1][n] - x for n, x in ends[0].items() if "gradient" in n and n in ends[1]]
+    if not shifts or any(abs(shift - factor) > _REDUCTION_WITHIN for shift in shifts):
+        return []
+    for tensor in baseline.fingerprint.get("batch tensors", "").split(", "):
+        size = 1
+        for length in re.findall(r"\d+(?=×|$)", tensor.partition(" ")[2]):
+            size *= int(length)
+            if size > 2 and abs(abs(factor) - math.log(size)) < _REDUCTION_WITHIN:
+                words = ("a mean", "a sum") if factor > 0 else ("a sum", "a mean")
+                said = [f"{word} ({value:.4g})" for word, value in zip(words, (old, new), strict=True)]
+                return [
+                    Change(
+                        layer="loss reduction", feature="fingerprint", expected=said[0], obtained=said[1]
+                    )
+                ]
+    return []
 
 
 def _shape(row: ParameterRow) -> str:

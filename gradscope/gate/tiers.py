@@ -149,7 +149,9 @@ class _Check:
         if use_pairs:
             return self._same(matched, notes)
         if paired:
-            notes.append(f"other seeds: the random order changed from {unpaired} on")
+            given = self.baseline.kind == "batch"
+            what = "the weights are others" if given else "other seeds: the random order changed"
+            notes.append(f"{what} from {unpaired} on")
         return self._other(matched, notes)
 
     # -- the tiers -------------------------------------------------------------------------------

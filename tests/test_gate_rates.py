@@ -1,0 +1,70 @@
+"""How often tier 3 fails unchanged code and what it sees, small: the large run is benchmarks/gate.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from benchmarks import gate as benchmark
+from benchmarks.gate import Pools, unchanged, upper
+from scipy import stats
+
+from gradscope.analysis.gate.decision import Rule
+from gradscope.analysis.gate.features import Feature
+from gradscope.analysis.gate.tolerance import parse_tolerance
+
+BLOCKS = tuple(f"blocks.{k}" for k in range(12))
+#: Standard deviation over replicates, nats, of the order of that of a transformer of width 64.
+SPREAD = {"flow": 0.004, "act": 0.008, "upd": 0.03, "gup": 0.03, "param_grad": 0.09, "rms": 0.008}
+
+
+def simulated(seed: int, shift: dict[str, float] | None = None, replicates: int = 200) -> Pools:
+    """Features of known spread; the run's shifted by so many nats."""
+    rng = np.random.default_rng(seed)
+    features = tuple(
+        Feature(kind, block, f"{kind} blocks.*", k) for kind in SPREAD for k, block in enumerate(BLOCKS)
+    )
+    scale = np.asarray([SPREAD[f.kind] for f in features]) * np.exp(rng.normal(0, 0.2, len(features)))
+    moved = np.asarray([(shift or {}).get(f.name, 0.0) for f in features])
+    base, run = (rng.normal(size=(replicates, len(features))) * scale for _ in range(2))
+    return Pools(Rule.of(features, parse_tolerance(None)), base, run + moved, BLOCKS)
+
+
+def test_unchanged_code_hardly_ever_fails():
+    failures, _ = unchanged(simulated(0), baselines=20, checks=50)
+    assert upper(sum(failures), 1000) <= 0.01
+
+
+def test_a_change_of_one_layer_is_caught_and_named():
+    tested = simulated(1, {"upd blocks.5": 0.2, "flow blocks.5": 0.08})
+    rng = np.random.default_rng(2)
+    found = [tested.check(tested.baseline(rng), rng) for _ in range(50)]
+    assert found.count(("failed", "blocks.5")) >= 47
+
+
+def test_a_change_below_the_tolerance_passes():
+    tested = simulated(3, {"flow blocks.5": 0.03})
+    rng = np.random.default_rng(4)
+    assert all(tested.check(tested.baseline(rng), rng)[0] != "failed" for _ in range(50))
+
+
+def test_a_change_of_every_block_is_said_to_be_one():
+    tested = simulated(5, {f"upd {block}": 0.3 for block in BLOCKS})
+    rng = np.random.default_rng(6)
+    assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "all")] * 5
+
+
+def test_the_smallest_change_has_the_power_that_is_said():
+    """One feature is shifted by it: 95 % of checks fail, within three standard errors."""
+    tested = simulated(7)
+    kinds = benchmark.smallest_change(tested, draws=200)
+    size = kinds["gup"][0]
+    moved = simulated(7, {"gup blocks.5": size})
+    rng = np.random.default_rng(8)
+    caught = sum(moved.check(moved.baseline(rng), rng)[0] == "failed" for _ in range(300))
+    assert stats.binom.ppf(1e-3, 300, 0.85) <= caught
+
+
+@pytest.mark.parametrize(("failures", "checks"), [(0, 2000), (3, 2000), (20, 5000)])
+def test_the_upper_bound_is_clopper_and_pearsons(failures, checks):
+    """At the bound so few failures have a probability of 5 %."""
+    assert stats.binom.cdf(failures, checks, upper(failures, checks)) == pytest.approx(0.05)
