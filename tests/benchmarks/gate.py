@@ -354,8 +354,8 @@ def report(replicates: int, number: int, pools: Path) -> Iterator[str]:
     yield (
         f"Nets of {DEPTH} blocks and width {WIDTH} (reference transformers, a random GPT-2) on text, "
         f"and a 24-layer tanh MLP. {replicates} initialisations for baselines, {replicates} others "
-        f"for runs; a check draws {BASELINE} of the first and {SCREEN} + {CONFIRM} of the second. Checks that "
-        "share replicates are not independent; the bounds treat them as if they were. *Given, other "
+        f"for runs; a check draws {BASELINE} of the first and {SCREEN} + {CONFIRM} of the second. Checks "
+        "that share replicates are not independent; the bounds treat them as if they were. *Given, other "
         "batches*: a pre-norm model after 100 steps of training, where replicates are batches of text. "
         "Made by `python tests/benchmarks/gate.py`.\n"
     )
