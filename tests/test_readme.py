@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +27,34 @@ def test_an_example_runs_as_written(number: int, tmp_path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
+
+
+def test_the_commands_for_ci_run_as_written(tmp_path: Path) -> None:
+    job, hook = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    (first,) = re.findall(r"```sh\n(gradscope check .*?)\n```", README)
+    steps = [step["run"] for step in job["jobs"]["gradients"]["steps"] if "run" in step]
+    (entry,) = (item["entry"] for repo in hook["repos"] for item in repo["hooks"])
+    (target,) = (example for example in EXAMPLES if example.startswith("# model_check.py"))
+    (tmp_path / "model_check.py").write_text(target, encoding="utf-8")
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
+    }
+    commands = [first, *(step for step in steps if not step.startswith("pip ")), entry]
+    assert len(commands) == 4
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-e", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    assert "passed" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert 'failures="0"' in (tmp_path / "gradients.xml").read_text(encoding="utf-8")
 
 
 def test_what_the_readme_links_to_exists() -> None:

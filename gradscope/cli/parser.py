@@ -1,35 +1,14 @@
-"""The command line: ``gradscope study``, ``show``, ``diagnose``, ``compare``, ``doctor``, ``--version``.
-
-Exit codes: 0 done, healthy, or the same; 1 ``diagnose`` or ``doctor`` found a fault, or ``compare`` a
-difference; 2 wrong usage or input that cannot be used; 130 interrupted by Ctrl-C. Heavy imports wait
-until a command needs them, so that ``gradscope --help`` answers at once.
-"""
+"""The words of the command line: every command, its options and its help."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
 
 from gradscope import __version__
-from gradscope.errors import GradscopeError
 
-if TYPE_CHECKING:
-    from gradscope.record import Record
-
-__all__ = ["main"]
-
-EXIT_OK: Final = 0
-EXIT_UNHEALTHY: Final = 1
-EXIT_BAD_INPUT: Final = 2
-EXIT_INTERRUPTED: Final = 130
-#: From this width on the table has bars.
-WIDE_COLUMNS: Final = 100
+__all__ = ["command_parser"]
 
 _STUDY = """\
 Measure what skip connections and norms do to the gradient over depth, on this machine.
@@ -64,6 +43,20 @@ and, with replicates, with what probability. Exit code 0 where they are the same
 something departs.
 """
 
+_CHECK = """\
+Compare the gradients of a model with a baseline file: exact facts first, then the same seeds, then
+the noise of other seeds. Exit code 0 where they pass, 1 where they depart or the baseline is of
+something else, 2 where there is no baseline, it cannot be used (it is then never overwritten), or the
+target fails.
+
+TARGET is package.module:function or file.py:function. The function takes no arguments and returns
+(make_model, batch) or (make_model, batch, loss); the batch must be the same every time. With a model
+instead of a function that makes one, batch is a list of batches.
+
+  gradscope check check.py:gpt2 --baseline gradients.json --update     the first time, and to accept
+  gradscope check check.py:gpt2 --baseline gradients.json              from then on
+"""
+
 _DOCTOR = """\
 Check gradscope itself on your model, batch and machine: every recorded value against autograd's own
 on an unwatched copy; losses and parameters with and without the watch, bit for bit; that closing it
@@ -83,33 +76,8 @@ model(**batch).loss. For example, in check.py:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
-
-    Args:
-        arguments: the words after ``gradscope``; None for those of the process.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return _run(_parser().parse_args(words), words)
-    except SystemExit as exit_request:  # argparse: help, version, wrong usage
-        return exit_request.code if isinstance(exit_request.code, int) else EXIT_BAD_INPUT
-    except GradscopeError as error:
-        print(f"gradscope: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"gradscope: {error.strerror or error}{where}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-
-
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
     parser = argparse.ArgumentParser(
         prog="gradscope", description="Gradient-flow diagnostics for PyTorch.", allow_abbrev=False
     )
@@ -200,6 +168,31 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--markdown", type=Path, metavar="FILE", help="also write it there, for a pull-request comment"
     )
+    check = commands.add_parser(
+        "check",
+        help="compare a model's gradients with a baseline file",
+        description=_CHECK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    check.add_argument("target", metavar="TARGET", help="package.module:function, or file.py:function")
+    check.add_argument(
+        "--baseline", type=Path, required=True, metavar="FILE", help="the baseline file (JSON)"
+    )
+    check.add_argument(
+        "--update",
+        action="store_true",
+        help="accept: write a missing baseline, replace one that the model departs from",
+    )
+    check.add_argument(
+        "--fail-on",
+        metavar="SPEC",
+        help="the smallest change worth failing for, such as flow:20%%,delta:.5nat,effective_depth:10%%",
+    )
+    check.add_argument("--junit", type=Path, metavar="FILE", help="also write a JUnit XML report there")
+    check.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write it there, for a pull-request comment"
+    )
     doctor = commands.add_parser(
         "doctor",
         help="check every recorded value on your own model against plain autograd",
@@ -241,111 +234,3 @@ def _nats(word: str) -> float:
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{word!r} is no number of nats, 0 or more")
     return number
-
-
-def _run(options: argparse.Namespace, words: Sequence[str]) -> int:
-    if options.command == "study":
-        return _study(options, words)
-    commands = {"show": _show, "diagnose": _diagnose, "compare": _compare, "doctor": _doctor}
-    return commands[options.command](options)
-
-
-def _study(options: argparse.Namespace, words: Sequence[str]) -> int:
-    from gradscope.study import PLANS, run_study
-
-    again = shlex.join(["gradscope", *words])
-    run_study(PLANS[options.plan], options.out, text=options.text, jobs=options.jobs, again=again)
-    return EXIT_OK
-
-
-def _show(options: argparse.Namespace) -> int:
-    from gradscope.errors import QuantityError
-    from gradscope.record import Record
-    from gradscope.show import terminal
-
-    if options.quantity is not None and options.plot is None:
-        raise QuantityError("--quantity says what to plot: add --plot FILE.png")
-    record = Record.load(options.record)
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        console = Console()
-        console.print(terminal.layer_table(record, options.step, wide=console.width >= WIDE_COLUMNS))
-    else:
-        print(terminal.render(record, step=options.step), end="", flush=True)
-    if options.plot is not None:
-        _plot(record, options)
-    return EXIT_OK
-
-
-def _diagnose(options: argparse.Namespace) -> int:
-    from gradscope.analysis import diagnose, verdict
-    from gradscope.errors import QuantityError
-    from gradscope.record import Record
-    from gradscope.show import findings
-
-    record = Record.load(options.record)
-    diagnosis = diagnose(record, trunk=options.trunk)
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(findings.findings_tree(diagnosis))
-    else:
-        print(findings.render(diagnosis), end="")
-    for trunk in record.trunks if options.trunk is None else (options.trunk,):
-        for quantity in ("grad_l2", "act_mean_square"):
-            try:
-                print(f"\n{verdict(record, quantity, trunk=trunk)}", flush=True)
-            except QuantityError as error:
-                print(f"\n{quantity} over {trunk}: no verdict. {error}", flush=True)
-    return EXIT_OK if diagnosis.healthy else EXIT_UNHEALTHY
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from gradscope.analysis import compare
-    from gradscope.record import Record
-
-    record, baseline = Record.load(options.record), Record.load(options.baseline)
-    comparison = compare(record, baseline, tolerance=options.tolerance)
-    print(comparison, flush=True)
-    if options.markdown is not None:
-        options.markdown.write_text(comparison.markdown(), encoding="utf-8")
-    return EXIT_OK if comparison.same else EXIT_UNHEALTHY
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from gradscope.experiment.doctor import doctor
-    from gradscope.target import load_target
-
-    target = load_target(options.target)
-    report = doctor(
-        target.build(), target.batch, target.loss, layers=options.layers, seconds=options.seconds
-    )
-    print(report, flush=True)
-    return EXIT_OK if report.ok else EXIT_UNHEALTHY
-
-
-def _plot(record: Record, options: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")  # a picture file needs no display
-    from matplotlib import pyplot
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    from gradscope.errors import QuantityError
-    from gradscope.show import plots
-
-    supported = FigureCanvasBase.get_supported_filetypes()
-    if options.plot.suffix.lstrip(".").lower() not in supported:
-        raise QuantityError(
-            f"--plot {options.plot}: the name's ending says the format; pictures are written as "
-            f"{', '.join(sorted(supported))}."
-        )
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    plots.depth(record, options.quantity or "grad_l2", step=options.step, ax=axes)
-    figure.savefig(options.plot, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

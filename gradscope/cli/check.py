@@ -13,10 +13,10 @@ from gradscope.errors import GateError
 from gradscope.gate import Baseline, Outcome, check, take
 from gradscope.target import load_target
 
-__all__ = ["run"]
+__all__ = ["check_target"]
 
 
-def run(
+def check_target(
     target: str,
     path: Path,
     *,
