@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from gradscope import gate, reference
 
+ROOT = Path(__file__).parents[1]
 pytest_plugins = ["pytester"]
 
 SUITE = """
@@ -238,6 +241,23 @@ def test_a_plugin_that_no_test_uses_imports_nothing(pytester: pytest.Pytester) -
         """
     )
     pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("also", [(), ("-p", "gradscope.pytest_plugin")], ids=["installed", "and -p"])
+def test_it_is_on_by_installation(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, also: tuple[str, ...]
+) -> None:
+    """A distribution with the entry points of pyproject.toml, beside what is installed here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    metadata = pytester.mkdir("site") / "standin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: standin\nVersion: 1\n", "utf-8")
+    lines = [f"{name} = {place}" for name, place in project["entry-points"]["pytest11"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[pytest11]", *lines, ""]), "utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(pytester.path / "site"), str(ROOT)]))
+    run = pytester.runpytest_subprocess(*also, "--help")
+    assert run.ret == 0
+    run.stdout.fnmatch_lines(["*--gradscope-update*"])
 
 
 def test_importing_the_plugin_costs_nothing() -> None:
