@@ -44,6 +44,13 @@ Ask how much of the depth the gradient really sees::
     gradscope.path_spectrum(model, batch, loss)    # how much of it came along paths of which length
     gradscope.counterfactual(model, batch, loss)   # what if this skip, or this branch, were cut
 
+Hold a model to it in a test suite, by rules or by a baseline (pytest's fixture ``gradient_baseline``, and
+``gradscope check`` on the command line)::
+
+    from gradscope.testing import assert_healthy
+    assert_healthy(make_model, batch, loss)
+    gradient_baseline.check(make_model, batch, loss)
+
 Ask whether any of it can be trusted on your model and machine::
 
     print(gradscope.doctor(model, batch, loss))    # every value against plain autograd
