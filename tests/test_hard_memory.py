@@ -104,7 +104,7 @@ def test_the_oracle_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def leaky(self: gradscope.Scope) -> None:
         close(self)
-        kept.append([[object()] for _ in range(10)])
+        kept.append([[object()] for _ in range(1000)])
 
     monkeypatch.setattr(gradscope.Scope, "close", leaky)
     with pytest.raises(AssertionError):
