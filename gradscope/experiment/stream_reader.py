@@ -118,7 +118,7 @@ class StreamForward:
         self.norms: dict[Edge, NormCall] = {}
         self.named_calls: list[NamedCall] = []
         self._open = True
-        trunks = find_trunks(model) if named is None else (named[0],)
+        trunks = find_trunks(model, parts=True) if named is None else (named[0],)
         _check_trunks(model, trunks, trunk)
         seen = [_TrunkCalls() for _ in trunks]
         modules = named_layers(model)

@@ -73,7 +73,7 @@ class _Candidate:
         return self.weights if self.attention else self.parameters
 
 
-def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
+def find_trunks(model: nn.Module, *, parts: bool = False) -> tuple[Trunk, ...]:
     """The trunks of a model, proposed from its module tree; () when there is none.
 
     Repeated containers are preferred in this order: lists of blocks that hold attention (all of
@@ -82,10 +82,14 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
     where a block is a weight layer with the norms and activations that follow it and is read at
     the last of them. A list inside a block is not a trunk, except where the outer list is one of
     stages.
+
+    Args:
+        model: the model.
+        parts: propose `parallel_lists` too, where what is proposed will be proved in the graph.
     """
     layers = named_layers(model)
-    parts = tuple(f"{name}." for lists in parallel_lists(model) for name in lists)
-    candidates = [c for c in _block_lists(layers) if not c.blocks[0].startswith(parts)]
+    out = () if parts else tuple(f"{name}." for lists in parallel_lists(model) for name in lists)
+    candidates = [c for c in _block_lists(layers) if not c.blocks[0].startswith(out)]
     candidates = _without_nested(candidates, layers)
     if not candidates:
         # One block that is called again and again (ALBERT): depth is counted in calls.
@@ -97,7 +101,7 @@ def find_trunks(model: nn.Module) -> tuple[Trunk, ...]:
         best = max(candidates, key=lambda c: c.parameters)
         candidates = [c for c in candidates if c.block_type == best.block_type]
     else:
-        stacks = [c for c in _stacks(layers) if not c.blocks[0].startswith(parts)]
+        stacks = [c for c in _stacks(layers) if not c.blocks[0].startswith(out)]
         candidates = [max(stacks, key=lambda c: (len(c.blocks), c.parameters))] if stacks else []
     return tuple(
         Trunk(
