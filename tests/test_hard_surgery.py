@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from small_models import (
     Block,
     Stack,
+    Truth,
     assert_equal,
     assert_true,
     batch,
@@ -32,15 +34,15 @@ import gradscope
 from gradscope.record import Record
 
 
-def trained(
+def run(
     model: nn.Module,
     change: Callable[[], object],
     *,
     steps: int = 4,
     at: int = 2,
     layers: str | None = "**",
-) -> tuple[Record, list[int]]:
-    """The record of a run in which ``change`` comes before step ``at``, each step against its truth."""
+) -> tuple[Record, list[Truth]]:
+    """The record of a run in which ``change`` comes before step ``at``, and the truth of each step."""
     expected = []
     with gradscope.watch(model, layers=layers) as scope:
         for i in range(steps):
@@ -51,8 +53,13 @@ def trained(
             square_loss(model, batch(i)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    record = scope.record
-    assert [s.step for s in record.steps] == list(range(steps))
+    assert [s.step for s in scope.record.steps] == list(range(steps))
+    return scope.record, expected
+
+
+def trained(model: nn.Module, change: Callable[[], object], **options: Any) -> tuple[Record, list[int]]:
+    """The same, each step compared with its truth: how many values are right."""
+    record, expected = run(model, change, **options)
     return record, [assert_true(record, t, step=i) for i, t in enumerate(expected)]
 
 
@@ -116,21 +123,12 @@ def test_a_block_that_is_wrapped_during_the_watch() -> None:
     def change() -> None:
         model.blocks[1] = Adapter(model.blocks[1])
 
-    expected = []
-    with gradscope.watch(model) as scope:
-        for i in range(4):
-            if i == 2:
-                change()
-            expected.append(truth(model, batch(i)))
-            optimizer = sgd(model)
-            square_loss(model, batch(i)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    record, expected = run(model, change, layers=None)
     for i, t in enumerate(expected):
         for layer in ("blocks.0", "blocks.1", "blocks.2"):
             for signal in ("activation", "output_grad"):
                 (norm,) = getattr(t, signal)[layer]
-                assert_equal(value(scope.record, layer, signal, step=i), norm)
+                assert_equal(value(record, layer, signal, step=i), norm)
 
 
 def test_a_removed_block_is_not_called() -> None:

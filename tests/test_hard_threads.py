@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from small_models import Truth, assert_true, batch, sgd, square_loss, stack, truth
 from small_models import no_faults as no_faults  # a fixture of every test here
+from torch import nn
 
 import gradscope
 from gradscope.record import Record
@@ -35,6 +36,25 @@ def together(*functions: Callable[[], None]) -> None:
         thread.join(60)
     if errors:
         raise errors[0]
+
+
+def training(
+    model: nn.Module, expected: list[Truth], ended: threading.Event, steps: int
+) -> Callable[[], None]:
+    """A loop that notes the truth of each step before it, and says when it is over."""
+    optimizer = sgd(model)
+
+    def run() -> None:
+        try:
+            for i in range(steps):
+                expected.append(truth(model, batch(i)))
+                square_loss(model, batch(i)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            ended.set()
+
+    return run
 
 
 def test_two_watched_models_train_in_two_threads() -> None:
@@ -64,19 +84,9 @@ def test_two_watched_models_train_in_two_threads() -> None:
 
 def test_a_watched_model_beside_an_unwatched_one_with_a_scaler_of_its_own() -> None:
     model, other = stack(), stack(seed=1)
-    optimizer, stranger = sgd(model), sgd(other)
-    expected = []
+    stranger = sgd(other)
+    expected: list[Truth] = []
     ended = threading.Event()
-
-    def watched() -> None:
-        try:
-            for i in range(15):
-                expected.append(truth(model, batch(i)))
-                square_loss(model, batch(i)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        finally:
-            ended.set()
 
     def unwatched() -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -87,7 +97,7 @@ def test_a_watched_model_beside_an_unwatched_one_with_a_scaler_of_its_own() -> N
             stranger.zero_grad()
 
     with gradscope.watch(model, layers="**") as scope:
-        together(watched, unwatched)
+        together(training(model, expected, ended, 15), unwatched)
     assert len(scope.record.steps) == 15
     for i, t in enumerate(expected):
         assert assert_true(scope.record, t, step=i) == 52
@@ -97,19 +107,8 @@ def test_a_watched_model_beside_an_unwatched_one_with_a_scaler_of_its_own() -> N
 def test_a_thread_that_evaluates_the_model_while_it_trains() -> None:
     """An asynchronous metric or a data generator: forwards in no_grad in the middle of a step."""
     model = stack()
-    optimizer = sgd(model)
-    expected = []
+    expected: list[Truth] = []
     ended = threading.Event()
-
-    def training() -> None:
-        try:
-            for i in range(25):
-                expected.append(truth(model, batch(i)))
-                square_loss(model, batch(i)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        finally:
-            ended.set()
 
     def evaluating() -> None:
         while not ended.is_set():
@@ -117,27 +116,16 @@ def test_a_thread_that_evaluates_the_model_while_it_trains() -> None:
                 model(100 * batch(7))
 
     with gradscope.watch(model, layers="**") as scope:
-        together(training, evaluating)
+        together(training(model, expected, ended, 25), evaluating)
     assert [s.step for s in scope.record.steps] == list(range(25))
     assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [52] * 25
 
 
 def test_a_thread_that_reads_the_record_while_the_model_trains() -> None:
     model = stack()
-    optimizer = sgd(model)
-    expected = []
+    expected: list[Truth] = []
     ended = threading.Event()
     seen: list[int] = []
-
-    def training() -> None:
-        try:
-            for i in range(25):
-                expected.append(truth(model, batch(i)))
-                square_loss(model, batch(i)).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        finally:
-            ended.set()
 
     def reading() -> None:
         while not ended.is_set():
@@ -147,7 +135,7 @@ def test_a_thread_that_reads_the_record_while_the_model_trains() -> None:
                 record.table(step=record.steps[-1].step)
 
     with gradscope.watch(model, layers="**") as scope:
-        together(training, reading)
+        together(training(model, expected, ended, 25), reading)
     assert seen == sorted(seen)
     assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [52] * 25
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import gradscope
 
@@ -72,6 +75,15 @@ def test_the_torch_floor_is_the_version_that_was_tested():
 
 def test_the_changelog_knows_this_version():
     assert gradscope.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_no_built_file_is_kept():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not in a checkout")
+    command = ["git", "ls-files"]
+    kept = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    built = (".so", ".pyd", ".dylib", ".o", ".pyc", ".whl")
+    assert [name for name in kept.splitlines() if name.endswith(built)] == []
 
 
 def test_nobody_is_told_to_install_another_project():

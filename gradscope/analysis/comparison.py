@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from gradscope.analysis.wording import aligned, and_more, escaped, markdown_table
+
 __all__ = ["Comparison", "Departure"]
 
 _ROWS: Final = 10
@@ -146,35 +148,18 @@ class Comparison:
     def __str__(self) -> str:
         lines = [f"{self.models[0]} against {self.models[1]}: {self.summary}"]
         if self.departures:
-            rows = [self._HEAD, *(d.row for d in self.departures[:_ROWS])]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            lines += [
-                "  " + "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
-                for row in rows
-            ]
-            lines += [f"  {line}" for line in self._more()]
+            lines += aligned(self._HEAD, [d.row for d in self.departures[:_ROWS]])
+            lines += [f"  {line}" for line in and_more(len(self.departures), _ROWS)]
         return "\n".join([*lines, *(f"  {line}" for line in self._footer())])
 
     def markdown(self) -> str:
         """The same for a pull-request comment."""
-        lines = [f"**`{self.models[0]}` against `{self.models[1]}`:** {_escaped(self.summary)}"]
+        lines = [f"**`{self.models[0]}` against `{self.models[1]}`:** {escaped(self.summary)}"]
         if self.departures:
-            lines += ["", f"| {' | '.join(self._HEAD)} |", "|---" * len(self._HEAD) + "|"]
-            lines += [f"| {' | '.join(map(_escaped, d.row))} |" for d in self.departures[:_ROWS]]
-            lines += ["", *self._more()] if self._more() else []
-        return (
-            "\n".join([*lines, "", *(f"- {_escaped(line)}" for line in self._footer())]).rstrip() + "\n"
-        )
-
-    def _more(self) -> list[str]:
-        rest = len(self.departures) - _ROWS
-        return [f"and {rest} more"] if rest > 0 else []
+            lines += ["", *markdown_table(self._HEAD, [d.row for d in self.departures[:_ROWS]])]
+            more = and_more(len(self.departures), _ROWS)
+            lines += ["", *more] if more else []
+        return "\n".join([*lines, "", *(f"- {escaped(line)}" for line in self._footer())]).rstrip() + "\n"
 
     def __repr__(self) -> str:
         return f"<Comparison of {self.models[0]} with {self.models[1]}: {self.summary}>"
-
-
-def _escaped(text: str) -> str:
-    for character in "\\|<*_":
-        text = text.replace(character, "&lt;" if character == "<" else f"\\{character}")
-    return text

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from gradscope.analysis.wording import aligned, and_more, escaped, markdown_table
+
 __all__ = ["Change", "Outcome", "Profile"]
 
+_HEAD: Final = ("layer", "feature", "expected", "obtained", "change", "probability")
 _ROWS: Final = 8
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _WIDEST: Final = 60
@@ -128,14 +131,8 @@ class Outcome:
     def __str__(self) -> str:
         lines = [f"gradient baseline of {self.model}: {self.status}. {self.reason}"]
         if self.changes:
-            head = ("layer", "feature", "expected", "obtained", "change", "probability")
-            rows = [head, *(c.row for c in self.changes[:_ROWS])]
-            widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-            lines += [
-                "  " + "  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
-                for row in rows
-            ]
-            lines += self._more()
+            lines += aligned(_HEAD, [c.row for c in self.changes[:_ROWS]])
+            lines += [f"  {line}" for line in and_more(len(self.changes), _ROWS)]
         if self.status in ("failed", "suspicious"):
             lines += [f"  {line}" for profile in self.profiles for line in str(profile).split("\n")]
         lines += [f"  {line}" for line in self._footer()]
@@ -144,21 +141,16 @@ class Outcome:
     def markdown(self) -> str:
         """The same for a pull-request comment."""
         lines = [
-            f"**Gradient baseline of `{_escaped(self.model)}`: {self.status}.** {_escaped(self.reason)}"
+            f"**Gradient baseline of `{escaped(self.model)}`: {self.status}.** {escaped(self.reason)}"
         ]
         if self.changes:
-            lines += ["", "| layer | feature | expected | obtained | change | probability |"]
-            lines.append("|---|---|---|---|---|---|")
-            lines += [f"| {' | '.join(map(_escaped, c.row))} |" for c in self.changes[:_ROWS]]
-            lines += self._more()
+            lines += ["", *markdown_table(_HEAD, [c.row for c in self.changes[:_ROWS]])]
+            more = and_more(len(self.changes), _ROWS)
+            lines += ["", *more] if more else []
         if self.status in ("failed", "suspicious") and self.profiles:
             lines += ["", "```text", *(str(profile) for profile in self.profiles), "```"]
-        lines += ["", *(f"- {_escaped(line)}" for line in self._footer())]
+        lines += ["", *(f"- {escaped(line)}" for line in self._footer())]
         return "\n".join(lines).rstrip() + "\n"
-
-    def _more(self) -> list[str]:
-        rest = len(self.changes) - _ROWS
-        return [f"  and {rest} more"] if rest > 0 else []
 
     def _footer(self) -> list[str]:
         lines: list[str] = []
@@ -169,7 +161,3 @@ class Outcome:
                 f"from [nat] {sizes}"
             )
         return lines + [f"note: {note}" for note in self.notes]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -23,7 +23,7 @@ from gradscope.experiment.batches import mapped
 from gradscope.experiment.doctor.report import Check
 from gradscope.layers import Selection, named_layers
 
-__all__ = ["Setup", "bit_identity", "memory", "overhead", "retention"]
+__all__ = ["Setup", "bit_identity", "memory", "overhead", "peak_on_cpu", "retention"]
 
 _STEPS = 3
 
@@ -183,13 +183,14 @@ def _peak(setup: Setup, *, watched: bool) -> int:
             torch.cuda.reset_peak_memory_stats(device)
             trainer.step()
             return torch.cuda.max_memory_allocated(device)
-        return _peak_on_cpu(trainer.step) if device.type == "cpu" else 0
+        return peak_on_cpu(trainer.step) if device.type == "cpu" else 0
     finally:
         if recorder is not None:
             recorder.close(quiet=True)
 
 
-def _peak_on_cpu(step: Callable[[], Any]) -> int:
+def peak_on_cpu(step: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator holds during a call beyond those before it."""
     from torch.profiler import ProfilerActivity, profile
 
     with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from benchmarks.overhead.turns import Subject
 from benchmarks.overhead.workloads import Training
 from torch import Tensor, nn
+
+from gradscope.experiment.doctor.training import peak_on_cpu
 
 
 def peak_bytes(subject: Subject) -> int:
@@ -21,19 +22,7 @@ def peak_bytes(subject: Subject) -> int:
         subject.step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    from torch.profiler import ProfilerActivity, profile
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes to the terminal
-    resident = subject.training.resident_bytes()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        subject.step()
-    results: Any = seen.profiler
-    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
-    total = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        most = max(most, total)
-    return resident + most
+    return subject.training.resident_bytes() + peak_on_cpu(subject.step)
 
 
 def bandwidth(device: str, mebibytes: int = 256, repeats: int = 9) -> float:
