@@ -14,37 +14,30 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from gradscope.collect import probes, shards, voice
-from gradscope.collect.accumulation import Accumulation
 from gradscope.collect.arguments import Mask, scalar_loss, valid_positions
-from gradscope.collect.assembly import Assembler
 from gradscope.collect.attachment import Attachment
+from gradscope.collect.building import Builder
 from gradscope.collect.faults import Faults
 from gradscope.collect.findings import Findings
-from gradscope.collect.merging import Samples, packed, unpacked
 from gradscope.collect.open_step import OpenStep
-from gradscope.collect.optimizers import Optimizers
-from gradscope.collect.parameters import Parameters
+from gradscope.collect.parts import Options, Parts
 from gradscope.collect.passes import Pass, Slot
-from gradscope.collect.ranks import LOCAL, Ranks
-from gradscope.collect.sampling import Sampler
+from gradscope.collect.ranks import Ranks
 from gradscope.collect.scaling import ScaledBackwards
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.setting import (
     chosen_statistics,
-    compiled_sites,
     describe,
     forget_compiled_code,
-    linear_sites,
 )
 from gradscope.collect.storage import Storage
-from gradscope.collect.structure import Structure
-from gradscope.collect.traced import COMPILED, Traced
+from gradscope.collect.traced import COMPILED
 from gradscope.errors import LayerError
 from gradscope.layers import Layer, Selection, select
 from gradscope.record import Record, Step
@@ -56,15 +49,6 @@ BACKWARDS_BEFORE_QUESTION: Final = 50
 #: Stands for the backward pass of a step of which only the optimizer was seen.
 _NO_BACKWARD: Final = -2
 _CHANGED: Final = "not supported: the model was changed in the middle of a step"
-
-
-class _Options(NamedTuple):
-    """What was asked of a watch, for when its layers are looked for again."""
-
-    wanted: frozenset[str]
-    update: bool
-    scaler: Any
-    input_gradient: bool
 
 
 class Recorder:
@@ -111,10 +95,10 @@ class Recorder:
         }
         self._model = weakref.ref(model)
         self._selection = layers
-        self._options = _Options(wanted, update=update, scaler=scaler, input_gradient=input_gradient)
+        self._options = Options(wanted, update=update, scaler=scaler, input_gradient=input_gradient)
         self._voice = voice.Voice()
-        self.layers: tuple[Layer, ...] = ()
-        modules = self._look_at(model, select(model, layers))
+        selected = select(model, layers)
+        self._use(Parts.of(self, model, selected, self._options, self.schedule))
         self._faults = Faults(self.layers, self._voice)
         self._findings = Findings(self.layers, self._voice if warn else None)
         self._storage = Storage(
@@ -142,38 +126,22 @@ class Recorder:
         self._cached: tuple[Any, Step] | None = None
         self._here = threading.local()
         self._changed = False
-        self._attach(model, modules)
+        self._builder = Builder(self._ranks, self._faults)
+        self._attach(model, selected)
 
-    def _look_at(self, model: nn.Module, selected: Sequence[tuple[Layer, nn.Module]]) -> list[nn.Module]:
-        """Make all that counts layers and parameters; returns the layers' modules."""
+    def _use(self, parts: Parts) -> None:
+        """Work with these parts; the hooks reach them by names of their own."""
+        self._parts = parts
+        self.layers = parts.layers
+        self._structure = parts.structure
+        self._assembler = parts.assembler
+        self._sampler = parts.sampler
+        self._accumulation = parts.accumulation
+        self._optimizers = parts.optimizers
+        self._traced = parts.traced
+
+    def _attach(self, model: nn.Module, selected: Sequence[tuple[Layer, nn.Module]]) -> None:
         modules = [module for _, module in selected]
-        self.layers = tuple(layer for layer, _ in selected)
-        self._structure = Structure(model)
-        options, parameters = self._options, Parameters(model)
-        self._assembler = Assembler(
-            layers=self.layers,
-            trunks=tuple(dict.fromkeys(x.trunk for x in self.layers if x.is_block)),
-            parameters=parameters,
-            wanted=options.wanted,
-            update=options.update,
-            cadence=self.schedule,
-            compiled=compiled_sites(model, self.layers),
-        )
-        self._sampler = Sampler(
-            self,
-            self.layers,
-            self._assembler.trunks,
-            linear=linear_sites(modules),
-            wanted=options.wanted,
-            input_gradient=options.input_gradient,
-        )
-        self._assembler.verified = self._sampler.verified
-        self._accumulation = Accumulation(parameters)
-        self._optimizers = Optimizers(parameters, scaler=options.scaler, update=options.update)
-        self._traced = Traced(self.layers, self._assembler.trunks)
-        return modules
-
-    def _attach(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
         self._attachment = Attachment(self, model, modules, self._traced)
         if self._assembler.compiled and (self._attachment.dropped or forget_compiled_code()):
             self._voice.say(*voice.compiled_before(len(self._assembler.compiled)))
@@ -188,17 +156,12 @@ class Recorder:
         except LayerError as error:
             selected = ()  # what is left are the parameters
             self._voice.say(*voice.no_layers_left(error))
-        assembler, sampler = self._assembler, self._sampler
-        optimizers, traced = self._optimizers, self._traced
-        modules = self._look_at(model, selected)
-        traced.stop()
-        self._assembler.reached = assembler.reached
-        self._sampler.dtypes |= sampler.dtypes | traced.dtypes
-        self._sampler.autocast_dtypes |= sampler.autocast_dtypes
-        self._optimizers.seen = optimizers.seen
+        before = self._parts
+        self._use(Parts.of(self, model, selected, self._options, self.schedule))
+        self._parts.take_over(before)
         self._faults.layers = self._findings.layers = self.layers
         self._attachment.remove()
-        self._attach(model, modules)
+        self._attach(model, selected)
         self._changed = True
 
     def close(self, *, quiet: bool = False) -> None:
@@ -551,25 +514,8 @@ class Recorder:
         self._step.settled = True
         self.index += self._ranks.settle()
         if self._step.recording and self._ranks.together:
-            self._step.pooled = self._pooled()
+            self._step.pooled = self._builder.pooled(self._parts, self._step, self.index, self.replicate)
         self._storage.note_parallelism(str(self._ranks.parallelism))
-
-    def _pooled(self) -> Step | None:
-        """The step with the values of all ranks; None where they could not be had."""
-        passes, ranks = self._step.passes_that_count(), self._ranks.parallelism.ranks
-        layout, rows = b"", None
-        try:
-            samples = self._samples(passes)
-            layout, rows = packed(self._assembler.for_other_ranks(samples, passes, ranks))
-        except Exception as error:
-            self._fault(-1, error)  # the others must hear of it
-        parts = self._ranks.exchange(self.index, layout, rows)
-        if parts is None:
-            return None
-        every = [unpacked(*part) for part in parts]
-        if any(other.identity != every[0].identity for other in every):
-            return None  # the model was changed, on one rank only
-        return self._stepped(self._assembler.merged(every))
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -635,32 +581,8 @@ class Recorder:
         self._cached = None
 
     def _build(self) -> Step | None:
-        passes = self._step.passes_that_count()
-        if self._optimizers.seen and self.steps and not self._step.stepped:
-            if not any(p.accumulated for p in passes) or self._accumulation.cleared():
-                return None  # after the last step: an evaluation, or gradients thrown away
-        if self._step.pooled is not None:
-            return replace(self._step.pooled, wall_time_s=self._step.wall_time_s)
-        if not passes:
-            return None
-        refusal = LOCAL if self._ranks.many else None
-        return self._stepped(self._samples(passes), refusal)
-
-    def _samples(self, passes: list[Pass]) -> Samples:
-        found = self._assembler.samples(
-            passes, self._optimizers.readings, skipped=self._optimizers.skipped
-        )
-        return found if self._step.loss is None else replace(found, loss=self._step.loss)
-
-    def _stepped(self, samples: Samples, refusal: str | None = None) -> Step:
-        return self._assembler.step(
-            samples,
-            refusal=refusal,
-            parameters_too=not self._ranks.replicated,
-            step=self.index,
-            replicate=self.replicate,
-            wall_time_s=self._step.wall_time_s,
-            learning_rate=self._optimizers.learning_rate,
+        return self._builder.build(
+            self._parts, self._step, self.index, self.replicate, first=not self.steps
         )
 
     # -- reading -------------------------------------------------------------------------------------
