@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gradscope.collect import shards
 from gradscope.collect.merging import COLUMNS, Samples, merged
-from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters, Readings
+from gradscope.collect.parameter_rows import ParameterRows, place_of
+from gradscope.collect.parameters import Parameters, Readings
 from gradscope.collect.passes import LAST, Call, Pass
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
@@ -66,33 +67,14 @@ class Assembler:
     _rows: Rows | None = None
     _take: np.ndarray | None = None
     _kept: list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = field(default_factory=list)
-    _parameter_rules: tuple[np.ndarray, np.ndarray] = (np.empty(0), np.empty(0))
-    _parameter_rows: list[tuple[int, str, str]] = field(default_factory=list)
-    _parameter_groups: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    _parameter_rows: ParameterRows = field(init=False)
 
     def __post_init__(self) -> None:
         layers = [(x.name, x.type, x.trunk, x.block) for x in self.layers]
         names = [entry.name for entry in self.parameters.entries]
         same = (layers, names, sorted(self.wanted), self.update, self.cadence)
         self.identity = hashlib.sha256(repr(same).encode()).hexdigest()[:16]
-        for i, entry in enumerate(self.parameters.entries):
-            self._parameter_rows.extend(
-                (i, signal, n)
-                for signal, names in (("param_grad", PARAM_GRAD), ("weight", WEIGHT), ("update", UPDATE))
-                for n in names
-                if n in self.wanted
-                and (STATISTICS[n].where != "packed" or entry.packing is not None)
-                and (signal != "update" or self.update)
-            )
-        names = np.array([statistic for _, _, statistic in self._parameter_rows], dtype=np.str_)
-        norms = np.strings.endswith(names, "l2") | (names == "l2_at_step")
-        self._parameter_rules = norms, names == "nonfinite"
-        groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        for row, (i, signal, statistic) in enumerate(self._parameter_rows):
-            groups.setdefault((signal, statistic), []).append((row, i))
-        for key, pairs in groups.items():
-            rows, of = np.asarray(pairs, dtype=np.int64).T
-            self._parameter_groups[key] = (rows, of)
+        self._parameter_rows = ParameterRows(self.parameters, self.wanted, update=self.update)
 
     def step(
         self,
@@ -133,13 +115,11 @@ class Assembler:
             self.reached = settle(p, self.layers) or self.reached
         keys, calls = self._keys(passes)
         value, why = self._samples(keys, calls, passes)
-        parameter_value, parameter_why = self._parameter_values(readings)
+        parameter_value, parameter_why = self._parameter_rows.values(readings)
         if skipped:
             # An overflow: the optimizer took no step, and the gradients are no one's gradients.
             why[:, _A:] = "skipped step"
-            for (signal, _), (rows, _) in self._parameter_groups.items():
-                if signal in ("param_grad", "update"):
-                    parameter_why[rows] = "skipped step"
+            parameter_why[self._parameter_rows.of_step] = "skipped step"
         losses = [float(p.loss) for p in passes if p.loss is not None]
         return Samples(
             keys=keys,
@@ -161,12 +141,12 @@ class Assembler:
         for state in (s for p in passes for s in p.trunks.values()):
             for here, after in pairwise(state.calls):
                 following.setdefault((here.site, here.index), (after.site, after.index))
-        copies = np.array([held[i] for i, _, _ in self._parameter_rows], dtype=np.int64)
+        copies = np.array([held[i] for i, _, _ in self._parameter_rows.rows], dtype=np.int64)
         return replace(samples, copies=copies, following=following, identity=self.identity)
 
     def merged(self, ranks: Sequence[Samples]) -> Samples:
         """The samples of all ranks as those of one batch."""
-        return merged(ranks, *self._parameter_rules)
+        return merged(ranks, self._parameter_rows.norms, self._parameter_rows.sums)
 
     def _statuses(self, words: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
         """The statuses as numbers and their words; most steps have those of an earlier one."""
@@ -345,66 +325,11 @@ class Assembler:
                     take.append(k * len(COLUMNS) + column)
         sites = {x.name: s for s, x in enumerate(self.layers)}
         sites |= {part: s for s, x in enumerate(self.layers) for part in x.parts}
-        at = [_parameter_place(entry.owner, sites, places) for entry in self.parameters.entries]
-        for i, signal, statistic in self._parameter_rows:
+        at = [place_of(entry.owner, sites, places) for entry in self.parameters.entries]
+        for i, signal, statistic in self._parameter_rows.rows:
             name = self.parameters.entries[i].name
             entries.append((*at[i], name, "Parameter", 0, signal, statistic))
         return Rows.of(entries), np.asarray(take, dtype=np.int64)
-
-    # -- parameters ----------------------------------------------------------------------------
-
-    def _parameter_values(self, readings: Readings) -> tuple[np.ndarray, np.ndarray]:
-        """Values and statuses ("" for ok) of the parameter rows."""
-        if readings.gradient:
-            # As they were then: the next forward finds other parameters where the model was changed.
-            elements = np.asarray(readings.gradient["count"], dtype=float)
-            frozen = np.zeros(len(elements), dtype=bool)
-            frozen[[i for i, reason in readings.absent.items() if reason == "frozen"]] = True
-        else:
-            tensors = self.parameters.tensors()
-            frozen = np.array([t is not None and not t.requires_grad for t in tensors], dtype=bool)
-            elements = np.array([math.nan if t is None else t.numel() for t in tensors], dtype=float)
-        values = np.full(len(self._parameter_rows), np.nan)
-        why = np.full(len(self._parameter_rows), "", dtype=object)
-        scale = 1.0 if readings.scale is None else float(readings.scale)
-        no_gradient = np.full(len(elements), "", dtype=object)
-        if not readings.gradient:
-            no_gradient[:] = np.where(frozen, "frozen", "no gradient path")
-        for i, reason in readings.absent.items():
-            no_gradient[i] = reason
-        later = {"l2_at_step": readings.at_step, "weight": readings.weight, "update": readings.update}
-        for (signal, statistic), (rows, of) in self._parameter_groups.items():
-            if statistic == "count":
-                values[rows] = elements[of]
-                why[rows] = np.where(np.isnan(elements[of]), "not called", "")
-            elif signal == "param_grad" and statistic != "l2_at_step":
-                why[rows] = no_gradient[of]
-                if readings.gradient:
-                    column = np.asarray(readings.gradient[statistic], dtype=float)[of]
-                    values[rows] = column if statistic == "nonfinite" else column / scale
-            else:
-                found = later[statistic if signal == "param_grad" else signal]
-                missing = np.ones(len(of), dtype=bool)
-                if found:
-                    values[rows] = [found.get(i, math.nan) for i in of.tolist()]
-                    missing = np.array([i not in found for i in of.tolist()], dtype=bool)
-                reason = np.where(frozen[of] & (signal != "weight"), "frozen", "not sampled")
-                why[rows] = np.where(missing, reason, "")
-        return values, why
-
-
-def _parameter_place(
-    owner: str, sites: dict[str, int], places: dict[tuple[int, int], tuple[str, float]]
-) -> tuple[str, float]:
-    """Trunk and depth of the innermost layer on the axis that holds a module."""
-    while True:
-        site = sites.get(owner)
-        if site is not None and (site, 0) in places and places[site, 0][0]:
-            # A parameter used at several depths has none.
-            return ("", math.nan) if (site, 1) in places else places[site, 0]
-        if not owner:
-            return "", math.nan
-        owner = owner.rpartition(".")[0]
 
 
 def _unscaled(gradient: Values, scale: Tensor | float | None) -> list[float]:
