@@ -53,6 +53,22 @@ def test_a_change_of_every_block_is_said_to_be_one():
     assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "all")] * 5
 
 
+def test_a_block_is_named_though_all_behind_it_depart():
+    """A post-norm net whose block lost its skip: the gradients of all later weights change with it."""
+    behind = {f"param_grad {block}": -1.0 for block in BLOCKS[6:]}
+    tested = simulated(9, {"upd blocks.5": 0.3, "param_grad blocks.5": 1.2, **behind})
+    rng = np.random.default_rng(10)
+    assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "blocks.5")] * 5
+
+
+def test_a_block_is_named_though_all_in_front_of_it_depart():
+    """A wrong backward pass: the gradient in front of it changes, and no activation does."""
+    front = {f"gup {block}": 0.5 for block in BLOCKS[:9]}
+    tested = simulated(11, {**front, "gup blocks.9": 1.0})
+    rng = np.random.default_rng(12)
+    assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "blocks.9")] * 5
+
+
 def test_the_smallest_change_has_the_power_that_is_said():
     """One feature is shifted by it: 95 % of checks fail, within three standard errors."""
     tested = simulated(7)

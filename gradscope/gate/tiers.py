@@ -332,7 +332,7 @@ def _inside(layer: str, where: str) -> bool:
 
 
 def _where(place: Any) -> str:
-    return f"{place.departing} of {place.blocks} blocks" if place.wide else place.layer
+    return f"{len(place.departing)} of {place.blocks} blocks" if place.wide else place.layer
 
 
 def _resolution(tier: OtherSeeds, tested: Tested) -> dict[str, float]:

@@ -3,7 +3,8 @@
 **Screen** with five fresh replicates: a feature is flagged where p·m ≤ .05, m the number of features,
 and the change is above half the tolerance; nothing flagged passes. **Confirm** with ten further fresh
 ones, only the k flagged features: p·k ≤ .01, the same sign, a change above the tolerance. **Name** the
-block by the weights, forward-first; else by the activations, forward-first; else by the largest |t|.
+block by the weights, forward-first; else by the activations, forward-first; else by the largest |t|. No
+single block is blamed where at least half of the blocks depart on both sides of it (`Place.wide`).
 """
 
 from __future__ import annotations
@@ -99,19 +100,31 @@ class Place:
     Attributes:
         layer: the block, or what departs off the blocks; "" where nothing departs.
         block: its index, −1 off the blocks.
-        departing: how many of the blocks depart.
-        blocks: of how many.
+        departing: indices of the blocks that depart.
+        blocks: how many blocks there are.
     """
 
     layer: str
     block: int
-    departing: int
+    departing: frozenset[int]
     blocks: int
 
     @property
     def wide(self) -> bool:
-        """Whether at least half of the blocks depart, so that no single one can be blamed."""
-        return self.blocks > 0 and 2 * self.departing >= self.blocks
+        """Whether so many blocks depart that no single one can be blamed.
+
+        At least half of all, of those in front of the named one, and of those behind it: a change of one
+        block's forward pass leaves what lies in front nearly alone, one of its backward pass what lies
+        behind.
+        """
+        if self.blocks == 0:
+            return False
+        front = range(max(self.block, 0))
+        behind = range(self.block + 1, self.blocks)
+        return all(
+            2 * len(self.departing.intersection(part)) >= len(part)
+            for part in (range(self.blocks), front, behind)
+        )
 
 
 def name_place(
@@ -130,10 +143,10 @@ def name_place(
     """
     hits: list[int] = np.flatnonzero(failed).tolist()
     if not hits:
-        return Place("", -1, 0, len(blocks))
+        return Place("", -1, frozenset(), len(blocks))
     on_blocks = [i for i in hits if features[i].block >= 0]
     largest = max((float(size[i]) for i in on_blocks), default=0.0)
-    departing = {features[i].block for i in on_blocks if size[i] >= _COMPARABLE * largest}
+    departing = frozenset(features[i].block for i in on_blocks if size[i] >= _COMPARABLE * largest)
     chosen = -1
     for kinds in (("rms",), ("act", "upd")):
         found = [i for i in on_blocks if features[i].kind in kinds]
@@ -144,4 +157,4 @@ def name_place(
         chosen = max(on_blocks or hits, key=lambda i: float(strength[i]))
     feature = features[chosen]
     layer = blocks[feature.block] if feature.block >= 0 else feature.layer
-    return Place(layer, feature.block, len(departing), len(blocks))
+    return Place(layer, feature.block, departing, len(blocks))
