@@ -6,6 +6,7 @@ and looks at no file but the folder of baselines beside a test module.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -30,6 +31,7 @@ _SAID: Final = "gradient_baseline"
 #: Folder of a test module's baselines → keys of all its tests, selected or not.
 _KNOWN: Final = pytest.StashKey[dict[str, list[str]]]()
 _SENT: Final = "gradscope_known"
+_WIDTH: Final = "gradscope_width"
 
 
 class GradientBaseline:
@@ -42,6 +44,7 @@ class GradientBaseline:
         self._node: Any = request.node
         self._config = request.config
         self._used: set[Path] = set()
+        self._width = _width(request.config)
 
     def path(self, name: str | None = None) -> Path:
         """Where the baseline is kept; ``name`` tells several in one test apart."""
@@ -115,13 +118,16 @@ class GradientBaseline:
             outcome = gate.check(gate.Baseline.load(path), make_model, batch, loss, tolerance=tolerance)
             if outcome.failed and update:
                 summary = written()
-                self._say(f"replaced: {_shown(path)}", f"{outcome}\nreplaced by:\n{summary}")
+                self._say(
+                    f"replaced: {_shown(path)}", f"{outcome.text(self._width)}\nreplaced by:\n{summary}"
+                )
                 return gate.check(gate.Baseline.load(path), make_model, batch, loss)
         except GateError as error:
             pytest.fail(str(error), pytrace=False)
         if outcome.failed:
-            pytest.fail(f"{outcome}\nTo accept the change:\n{self._accept()}", pytrace=False)
-        self._say(f"{outcome.status}: {_shown(path)}", str(outcome))
+            text = outcome.text(self._width)
+            pytest.fail(f"{text}\nTo accept the change:\n{self._accept()}", pytrace=False)
+        self._say(f"{outcome.status}: {_shown(path)}", outcome.text(self._width))
         return outcome
 
     def _say(self, line: str, text: str) -> None:
@@ -155,6 +161,20 @@ def _safe(text: str) -> str:
     """A file name on every system; a digest tells names apart that would become the same."""
     safe = re.sub(r"[^A-Za-z0-9_.\[\]-]+", "_", text)[:100]
     return safe if safe == text else f"{safe.strip('_')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _width(config: pytest.Config) -> int:
+    """Columns of the terminal, or of ``COLUMNS``; of a CI log where there is neither."""
+    sent = getattr(config, "workerinput", {}).get(_WIDTH)
+    if sent is not None:
+        return int(sent)
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not (reporter.isatty or "COLUMNS" in os.environ):
+        return 120
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+    # While a test runs, the process's output is a file, which has no width.
+    with contextlib.nullcontext() if capture is None else capture.global_and_fixture_disabled():
+        return config.get_terminal_writer().fullwidth
 
 
 def _shown(path: Path) -> str:
@@ -193,6 +213,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output[_SENT] = session.config.stash.get(_KNOWN, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """A worker process of pytest-xdist has no terminal: it is told how wide the real one is."""
+    node.workerinput[_WIDTH] = _width(node.config)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -66,7 +66,11 @@ def load_target(text: str) -> Target:
     returned = function()
     if not isinstance(returned, tuple) or len(cast("tuple[Any, ...]", returned)) not in (2, 3):
         raise MeasureError(f"{text} returned a {type(returned).__name__}. {_FORM}")
-    return Target(*cast("tuple[Any, ...]", returned))
+    target = Target(*cast("tuple[Any, ...]", returned))
+    for what, value in (("model", target.model), ("loss", target.loss)):
+        if not callable(value) and not (what == "loss" and value is None):
+            raise MeasureError(f"{text}: the {what} is of type {type(value).__name__}. {_FORM}")
+    return target
 
 
 def _from_file(path: Path) -> Any:

@@ -32,6 +32,15 @@ def target():
 
 def broken():
     raise RuntimeError("the data are not here")
+
+
+def no_model():
+    return 3, tokens
+
+
+def drawn():
+    other = torch.randint(256, (2, 9))
+    return make, (other[:, :-1], other[:, 1:]), reference.next_token_loss
 """
 CHECK = ["check", "model_check.py:target", "--baseline", "gradients.json"]
 
@@ -98,6 +107,38 @@ def test_unchanged_changed_and_accepted(
     assert main(CHECK) == 0
 
 
+def test_a_new_baseline_is_reported_too(folder: Path) -> None:
+    assert main([*CHECK, "--update", "--junit", "g.xml", "--markdown", "g.md"]) == 0
+    junit, comment = reports(folder)
+    assert (junit.get("failures"), junit.get("errors")) == ("0", "0")
+    assert "written to gradients.json" in comment
+
+
+@pytest.mark.parametrize(("name", "says"), [("broken", "the data are not here"), ("target", "damaged")])
+def test_reports_of_an_error_are_no_older_ones(
+    name: str, says: str, kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*CHECK, "--junit", "g.xml", "--markdown", "g.md"]
+    assert main(words) == 0
+    if name == "target":
+        kept.write_text("{", encoding="utf-8")
+    words[1] = f"model_check.py:{name}"
+    assert main(words) == 2
+    junit, comment = reports(kept.parent)
+    assert (junit.get("failures"), junit.get("errors")) == ("0", "1")
+    error = junit.find("testcase/error")
+    assert error is not None and says in (error.get("message") or "")
+    assert "Traceback" in (error.text or "") or name == "target"
+    assert says in comment and "passed" not in comment
+
+
+def test_a_drawn_batch_is_said_to_be_none_that_can_be_kept(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "model_check.py:drawn", "--baseline", "gradients.json"]) == 1
+    assert "the batch must be the same in every run" in capsys.readouterr().out
+
+
 def test_accepting_leaves_a_baseline_that_holds(kept: Path) -> None:
     before = kept.stat()
     assert main([*CHECK, "--update"]) == 0
@@ -125,6 +166,8 @@ def test_an_unusable_baseline_is_code_2_and_stays(
         ([*CHECK, "--fail-on", "flow:20"], "tolerance"),
         (["check", "nowhere.py:target", "--baseline", "gradients.json"], "no file"),
         (["check", "model_check.py:broken", "--baseline", "gradients.json"], "the data are not here"),
+        (["check", "model_check.py:no_model", "--baseline", "gradients.json"], "of type int"),
+        (["check", "model_check.py:broken", "--baseline", "gradients.json", "--fail-on", "x"], "kind:"),
     ],
 )
 def test_wrong_usage_and_a_broken_target_are_code_2(

@@ -170,6 +170,18 @@ def test_a_sum_for_a_mean_is_another_loss(baseline, batch):
     assert "a sum" in str(outcome)
 
 
+def test_why_there_is_no_effective_depth_is_said(batch):
+    def dropping() -> nn.Module:
+        model = make()
+        model.blocks[0].add_module("drop", nn.Dropout(0.1))
+        return model
+
+    baseline = gate.take(dropping, batch, next_token_loss, replicates=3)
+    assert "blocks.0.drop (Dropout)" in baseline.summary["D"] and "eval()" in baseline.summary["D"]
+    with pytest.raises(GateError, match="leave it out"):
+        gate.check(baseline, dropping, batch, next_token_loss, tolerance="effective_depth:10%")
+
+
 # -- a given model -------------------------------------------------------------------------------
 
 

@@ -103,6 +103,19 @@ def test_a_change_fails_and_the_last_line_accepts_it(
     suite.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=1)
 
 
+@pytest.mark.parametrize("words", [(), ("-n", "1")], ids=["one process", "xdist"])
+def test_a_failure_fits_the_terminal(
+    suite: pytest.Pytester, kept: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("PLANTED", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    run = suite.runpytest_subprocess(*PLUGIN, "-rN", *words)
+    begin = next(i for i, line in enumerate(run.outlines) if "Transformer: failed" in line)
+    message = run.outlines[begin : run.outlines.index("To accept the change:")]
+    assert len(message) > 8
+    assert max(map(len, message)) <= 60
+
+
 def test_the_line_is_right_from_another_folder(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

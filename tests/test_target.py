@@ -65,8 +65,8 @@ def test_what_is_no_target_is_said(file: Path) -> None:
         load_target(f"{file}:pear")
     with pytest.raises(MeasureError, match="returned a Linear"):
         load_target(f"{file}:wrong")
-    with pytest.raises(TypeError):
-        load_target(f"{file}:number").build()
+    with pytest.raises(MeasureError, match="model is of type int"):
+        load_target(f"{file}:number")
 
 
 def test_an_import_that_fails_inside_the_module_is_shown_as_it_is(file: Path) -> None:

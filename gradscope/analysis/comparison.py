@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from gradscope.analysis.wording import aligned, and_more, escaped, markdown_table
+from gradscope.analysis.wording import WIDTH, aligned, and_more, escaped, markdown_table, wrapped
 
 __all__ = ["Comparison", "Departure"]
 
@@ -145,12 +145,18 @@ class Comparison:
 
     _HEAD = ("step", "layer", "what", "expected", "obtained", "change", "probability")
 
-    def __str__(self) -> str:
-        lines = [f"{self.models[0]} against {self.models[1]}: {self.summary}"]
+    def text(self, width: int = WIDTH) -> str:
+        """In words, for a terminal of so many columns."""
+        lines = wrapped(f"{self.models[0]} against {self.models[1]}: {self.summary}", width)
         if self.departures:
-            lines += aligned(self._HEAD, [d.row for d in self.departures[:_ROWS]])
+            lines += aligned(self._HEAD, [d.row for d in self.departures[:_ROWS]], width)
             lines += [f"  {line}" for line in and_more(len(self.departures), _ROWS)]
-        return "\n".join([*lines, *(f"  {line}" for line in self._footer())])
+        for line in self._footer():
+            lines += wrapped(line, width, "  ")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
 
     def markdown(self) -> str:
         """The same for a pull-request comment."""

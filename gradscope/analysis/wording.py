@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from typing import Final
 
-__all__ = ["aligned", "and_more", "escaped", "markdown_table"]
+__all__ = ["PROSE", "WIDTH", "aligned", "and_more", "escaped", "markdown_table", "wrapped"]
 
 Row = Sequence[str]
 
+#: Columns of a table where no terminal says how wide it is: what a CI log shows in one line.
+WIDTH: Final = 120
+#: Columns of a sentence, in a wider terminal too.
+PROSE: Final = 100
 
-def aligned(head: Row, rows: Sequence[Row]) -> list[str]:
-    """One line per row, the columns padded to one width."""
+
+def aligned(head: Row, rows: Sequence[Row], width: int = WIDTH) -> list[str]:
+    """One line per row, the columns padded to one width.
+
+    Where that is wider than ``width``, the first column stands on a line of its own.
+    """
     every = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
-    return ["  " + "  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in every]
+
+    def joined(cells: Row, of: Sequence[int]) -> str:
+        return "  ".join(x.ljust(w) for x, w in zip(cells, of, strict=True)).rstrip()
+
+    if sum(widths) + 2 * len(widths) <= width:
+        return [f"  {joined(row, widths)}" for row in every]
+    return [
+        line for row in every for line in (f"  {row[0]}", f"      {joined(row[1:], widths[1:])}".rstrip())
+    ]
+
+
+def wrapped(text: str, width: int = PROSE, indent: str = "") -> list[str]:
+    """A sentence in lines of at most ``width``; what follows the first is indented further.
+
+    Names are not broken: a line that holds a longer one is as long as that.
+    """
+    return textwrap.wrap(
+        text,
+        max(min(width, PROSE), 30),
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def markdown_table(head: Row, rows: Sequence[Row]) -> list[str]:

@@ -4,7 +4,7 @@ Exit codes: 0 done, healthy, or the same; 1 ``diagnose`` or ``doctor`` found a f
 ``check`` a change; 2 wrong usage or input that cannot be used; 130 interrupted by Ctrl-C. Heavy imports
 wait until a command needs them, so that ``gradscope --help`` answers at once.
 
-`parser` holds the words, `check` the comparison with a baseline.
+`parser` holds the words, `check` the comparison with a baseline, `output` the signs in ASCII.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from gradscope.cli.output import columns, plain_where_needed
 from gradscope.cli.parser import command_parser
 from gradscope.errors import GradscopeError
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after ``gradscope``; None for those of the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    plain_where_needed()
     try:
         return _run(command_parser().parse_args(words), words)
     except SystemExit as exit_request:  # argparse: help, version, wrong usage
@@ -125,7 +127,7 @@ def _compare(options: argparse.Namespace) -> int:
 
     record, baseline = Record.load(options.record), Record.load(options.baseline)
     comparison = compare(record, baseline, tolerance=options.tolerance)
-    print(comparison, flush=True)
+    print(comparison.text(columns()), flush=True)
     if options.markdown is not None:
         options.markdown.write_text(comparison.markdown(), encoding="utf-8")
     return EXIT_OK if comparison.same else EXIT_UNHEALTHY

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import shlex
 import time
+import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from gradscope.errors import GateError
-from gradscope.gate import Baseline, Outcome, check, take
+from gradscope.analysis.gate.tolerance import parse_tolerance
+from gradscope.analysis.wording import escaped
+from gradscope.cli.output import columns
+from gradscope.errors import GateError, GradscopeError
+from gradscope.gate import Baseline, check, take
 from gradscope.target import load_target
 
 __all__ = ["check_target"]
@@ -26,7 +31,7 @@ def check_target(
     markdown: Path | None = None,
     words: Sequence[str] = (),
 ) -> bool:
-    """Check a target against its baseline, print the outcome, and write the reports.
+    """Check a target against its baseline, print the outcome, and write the reports, of an error too.
 
     Args:
         target: ``package.module:function`` or ``file.py:function``.
@@ -45,55 +50,92 @@ def check_target(
         MeasureError: the target cannot be loaded or measured.
     """
     accept = shlex.join(["gradscope", *words, *(() if "--update" in words else ("--update",))])
+    begin = time.perf_counter()
+    error: Exception | None = None
+    try:
+        result = _checked(target, path, update, fail_on, accept)
+    except Exception as caught:  # reported, and raised again below
+        error = caught
+        said = f"{type(caught).__name__}: {caught}"
+        text = said if isinstance(caught, GradscopeError) else traceback.format_exc()
+        result = _Result("error", said, text, f"**Gradient check: error.** {escaped(said)}\n")
+    if junit is not None:
+        junit.write_bytes(_junit(target, result, time.perf_counter() - begin))
+    if markdown is not None:
+        markdown.write_text(result.markdown, encoding="utf-8")
+    if error is not None:
+        raise error
+    return result.element == ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What the reports say.
+
+    Attributes:
+        element: ``failure`` or ``error``; "" where it passed.
+        headline: one sentence.
+        text: all of it.
+        markdown: the same for a pull request.
+    """
+
+    element: str
+    headline: str
+    text: str
+    markdown: str
+
+
+def _checked(target: str, path: Path, update: bool, fail_on: str | None, accept: str) -> _Result:
+    parse_tolerance(fail_on)  # a wrong one is said before anything runs
     if not path.exists() and not update:
         raise GateError(f"There is no baseline {path}. Look at the model, and write one:\n{accept}")
-    begin = time.perf_counter()
+    old = Baseline.load(path) if path.exists() else None
     found = load_target(target)
-    if not path.exists():
+    if old is None:
         baseline = take(found.model, found.batch, found.loss, progress=True)
         baseline.save(path)
-        print(f"{baseline}\nwritten to {path}", flush=True)
-        return True
-    outcome = check(
-        Baseline.load(path), found.model, found.batch, found.loss, tolerance=fail_on, progress=True
-    )
-    print(outcome, flush=True)
-    accepted = update and outcome.failed
-    if accepted:
+        said = f"{baseline}\nwritten to {path}: look at it, and commit it"
+        print(said, flush=True)
+        return _Result("", f"A new baseline, {path}.", said, f"```text\n{said}\n```\n")
+    outcome = check(old, found.model, found.batch, found.loss, tolerance=fail_on, progress=True)
+    print(outcome.text(columns()), flush=True)
+    if outcome.failed and update:
         take(found.model, found.batch, found.loss, progress=True).save(path)
-        print(f"accepted: {path} is replaced", flush=True)
-    elif outcome.failed:
-        print(f"To accept the change:\n{accept}", flush=True)
-    passed = accepted or not outcome.failed
-    if junit is not None:
-        junit.write_bytes(_junit(target, outcome, passed, accept, time.perf_counter() - begin))
-    if markdown is not None:
-        text = outcome.markdown()
-        if not passed:
-            text += f"\nTo accept the change:\n\n```sh\n{accept}\n```\n"
-        markdown.write_text(text, encoding="utf-8")
-    return passed
+        accepted = f"accepted: {path} is replaced"
+        print(accepted, flush=True)
+        return _Result(
+            "", accepted, f"{outcome}\n{accepted}", f"{outcome.markdown()}\n{escaped(accepted)}\n"
+        )
+    if not outcome.failed:
+        return _Result("", outcome.reason, str(outcome), outcome.markdown())
+    print(f"To accept the change:\n{accept}", flush=True)
+    return _Result(
+        "failure",
+        outcome.reason,
+        f"{outcome}\nTo accept the change:\n{accept}",
+        f"{outcome.markdown()}\nTo accept the change:\n\n```sh\n{accept}\n```\n",
+    )
 
 
-def _junit(target: str, outcome: Outcome, passed: bool, accept: str, seconds: float) -> bytes:
+def _junit(target: str, result: _Result, seconds: float) -> bytes:
     """One test suite with one test case, as CI systems read it."""
     suite = ElementTree.Element(
         "testsuite",
         name="gradscope",
         tests="1",
-        failures="0" if passed else "1",
-        errors="0",
+        failures=str(int(result.element == "failure")),
+        errors=str(int(result.element == "error")),
         skipped="0",
         time=f"{seconds:.3f}",
     )
     case = ElementTree.SubElement(
         suite, "testcase", classname="gradscope.check", name=_legal(target), time=f"{seconds:.3f}"
     )
-    if passed:
-        ElementTree.SubElement(case, "system-out").text = _legal(str(outcome))
+    if result.element:
+        said = ElementTree.SubElement(case, result.element, message=_legal(result.headline))
     else:
-        failure = ElementTree.SubElement(case, "failure", message=_legal(outcome.reason))
-        failure.text = _legal(f"{outcome}\nTo accept the change:\n{accept}")
+        said = ElementTree.SubElement(case, "system-out")
+    said.text = _legal(result.text)
     return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradscope.analysis.gate.features import Feature, Features
+from gradscope.analysis.wording import wrapped
 
 __all__ = ["PAIRED", "Baseline", "Expected", "ParameterRow", "state_of"]
 
@@ -128,7 +129,11 @@ class Baseline:
         lines = [
             f"gradient baseline of {model}: {len(self.blocks)} blocks, "
             f"{len(self.seeds)} {what}, {len(self.features)} features",
-            *(f"  {name}: {value}" for name, value in self.summary.items()),
+            *(
+                line
+                for name, value in self.summary.items()
+                for line in wrapped(f"{name}: {value}", indent="  ")
+            ),
         ]
         return "\n".join(lines)
 

@@ -92,7 +92,8 @@ def same_seeds(
     if failed.any():
         place = _by_checksum(baseline, run, features, failed, place)
     order = sorted(
-        np.flatnonzero(failed).tolist(), key=lambda i: (changes[i].block != place.block, -size[i])
+        np.flatnonzero(failed).tolist(),
+        key=lambda i: (changes[i].block != place.block, features[i].kind != "rms", -size[i]),
     )
     return [changes[i] for i in order], place, float(size.max(initial=0.0))
 
@@ -176,11 +177,15 @@ class OtherSeeds:
         return name_place(self.rule.features, failed, np.abs(tested.t), size, blocks)
 
     def changes(self, failed: Mask, tested: Tested, place: Place) -> list[Change]:
-        """The features that fail in words, the named block's first, then the clearest."""
+        """What fails, in words: the named block's first, its weights before what they cause."""
         features = self.rule.features
         at = sorted(
             np.flatnonzero(failed).tolist(),
-            key=lambda i: (features[i].block != place.block, -abs(float(tested.t[i]))),
+            key=lambda i: (
+                features[i].block != place.block,
+                features[i].kind != "rms",
+                -abs(float(tested.t[i])),
+            ),
         )
         return [
             Change(

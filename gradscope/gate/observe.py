@@ -64,12 +64,14 @@ def take(
         for n in counted(numbers, "gradient baseline: replicate", show=progress)
     ]
     first = batches[0] if batches else batch
+    effective, why = depths(runner, numbers[:PAIRED], batches or [batch] * PAIRED, loss)
     return observe(
         found,
         batch=first,
         batches=[digest(item)[0] for item in batches],
         architecture=skips(runner, found[0], first, loss),
-        effective_depth=depths(runner, numbers[:PAIRED], batches or [batch] * PAIRED, loss),
+        effective_depth=effective,
+        no_depth=why,
     )
 
 
@@ -83,18 +85,18 @@ def skips(runner: Replicates, first: Replicate, batch: Any, loss: Any) -> Mappin
 
 def depths(
     runner: Replicates, seeds: Sequence[int], batches: Sequence[Any], loss: Any
-) -> tuple[float, ...]:
-    """Effective depth D of each seed's model; empty where it does not exist for this model."""
+) -> tuple[tuple[float, ...], str]:
+    """Effective depth D of each seed's model; empty where it does not exist for this model, and why."""
     found: list[float] = []
     for seed, batch in zip(seeds, batches, strict=False):
         try:
             value = effective_depth(runner.model(seed), batch, loss, progress=False).value
-        except GradscopeError:
-            return ()
+        except GradscopeError as error:
+            return (), str(error)
         if not math.isfinite(value):
-            return ()
+            return (), "no sum over paths is finite"
         found.append(value)
-    return tuple(found)
+    return tuple(found), ""
 
 
 def observe(
@@ -104,6 +106,7 @@ def observe(
     batches: Sequence[str] = (),
     architecture: Mapping[str, str] | None = None,
     effective_depth: tuple[float, ...] = (),
+    no_depth: str = "",
     summary: bool = True,
 ) -> Baseline:
     """What these replicates say, as a `Baseline`; a run that is compared with one has the same form.
@@ -114,6 +117,7 @@ def observe(
         batches: digests, where replicates are batches.
         architecture: block → kinds of skip.
         effective_depth: of the first replicates.
+        no_depth: why there is none.
         summary: whether to fit the family of decay, for the reader.
     """
     record = joined(replicates)
@@ -140,7 +144,7 @@ def observe(
     return Baseline(
         kind=str(record.header["replicates"]),
         fingerprint=_fingerprint(record, batch, bool(batches)),
-        summary=_summary(record, effective_depth) if summary else {},
+        summary=_summary(record, effective_depth, no_depth) if summary else {},
         effective_depth=effective_depth,
         seeds=tuple(r.seed for r in replicates),
         batches=tuple(batches),
@@ -182,7 +186,7 @@ def _fingerprint(record: Record, batch: Any, several: bool) -> dict[str, str]:
     }
 
 
-def _summary(record: Record, effective: tuple[float, ...]) -> dict[str, str]:
+def _summary(record: Record, effective: tuple[float, ...], no_depth: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for trunk in record.trunks:
         what = f" of {trunk}" if len(record.trunks) > 1 else ""
@@ -197,5 +201,5 @@ def _summary(record: Record, effective: tuple[float, ...]) -> dict[str, str]:
     if effective:
         found["D"] = f"{np.mean(effective):.4g} branches (mean of {len(effective)})"
     else:
-        found["D"] = "none: the branches of this model cannot be read"
+        found["D"] = f"none. {no_depth}"
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from gradscope.analysis.wording import aligned, and_more, escaped, markdown_table
+from gradscope.analysis.wording import WIDTH, aligned, and_more, escaped, markdown_table, wrapped
 
 __all__ = ["Change", "Outcome", "Profile"]
 
@@ -45,11 +45,15 @@ class Change:
     @property
     def row(self) -> tuple[str, str, str, str, str, str]:
         """Layer, feature, expected, obtained, change, probability, in words."""
+        layer, feature = self.layer, self.feature
+        if feature == "mean":  # of a kind of feature over the layers that have one role
+            kind, _, layer = layer.partition(" ")
+            feature = f"mean {kind}"
         change = "–"
         if math.isfinite(self.change):
             change = f"{self.change:+.3f} nat (×{math.exp(max(min(self.change, 99), -99)):.3g})"
         p = "exact" if self.probability == 0 else f"{self.probability:.1e}"
-        return self.layer, self.feature, self.expected, self.obtained, change, p
+        return layer, feature, self.expected, self.obtained, change, p
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +71,24 @@ class Profile:
     obtained: tuple[float, ...]
 
     def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self, width: int = WIDTH) -> list[str]:
+        """What it is, and two rows of bars, in at most so many columns."""
         known = [x for x in (*self.expected, *self.obtained) if math.isfinite(x)]
         if not known:
-            return f"{self.name}: nothing measured"
+            return wrapped(f"{self.name}: nothing measured", width)
         low, high = min(known), max(known)
-        return (
-            f"{self.name}, {low:.2f} to {high:.2f} nat\n"
-            f"  expected {_bars(self.expected, low, high)}\n"
-            f"  obtained {_bars(self.obtained, low, high)}"
-        )
+        most = max(1, min(_WIDEST, width - len("  expected ")))
+        return [
+            *wrapped(f"{self.name}, {low:.2f} to {high:.2f} nat", width),
+            f"  expected {_bars(self.expected, low, high, most)}",
+            f"  obtained {_bars(self.obtained, low, high, most)}",
+        ]
 
 
-def _bars(values: tuple[float, ...], low: float, high: float) -> str:
-    step = max(1, math.ceil(len(values) / _WIDEST))
+def _bars(values: tuple[float, ...], low: float, high: float, most: int) -> str:
+    step = max(1, math.ceil(len(values) / most))
     top = len(_BARS) - 1
     return "".join(
         _BARS[round((x - low) / (high - low) * top) if high > low else 0] if math.isfinite(x) else "·"
@@ -128,15 +137,21 @@ class Outcome:
         """Names of the layers that depart, each once."""
         return tuple(dict.fromkeys(c.layer for c in self.changes))
 
-    def __str__(self) -> str:
-        lines = [f"gradient baseline of {self.model}: {self.status}. {self.reason}"]
+    def text(self, width: int = WIDTH) -> str:
+        """In words, for a terminal of so many columns."""
+        lines = wrapped(f"gradient baseline of {self.model}: {self.status}. {self.reason}", width)
         if self.changes:
-            lines += aligned(_HEAD, [c.row for c in self.changes[:_ROWS]])
+            lines += aligned(_HEAD, [c.row for c in self.changes[:_ROWS]], width)
             lines += [f"  {line}" for line in and_more(len(self.changes), _ROWS)]
         if self.status in ("failed", "suspicious"):
-            lines += [f"  {line}" for profile in self.profiles for line in str(profile).split("\n")]
-        lines += [f"  {line}" for line in self._footer()]
+            for profile in self.profiles:
+                lines += [f"  {line}" for line in profile.lines(width - 2)]
+        for line in self._footer():
+            lines += wrapped(line, width, "  ")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.text()
 
     def markdown(self) -> str:
         """The same for a pull-request comment."""
@@ -155,9 +170,12 @@ class Outcome:
     def _footer(self) -> list[str]:
         lines: list[str] = []
         if self.resolution:
-            sizes = ", ".join(f"{kind} {size:.2g}" for kind, size in self.resolution.items())
+            sizes = {kind: f"{size:.2g}" for kind, size in self.resolution.items()}
+            words = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
+            if len(set(sizes.values())) == 1:
+                words = f"{next(iter(sizes.values()))} in every feature"
             lines.append(
-                f"resolution, {self.replicates} replicates ({self.tier}): a change of one layer is seen "
-                f"from [nat] {sizes}"
+                f"resolution ({self.tier}, {self.replicates} replicates): a change of one layer is seen "
+                f"from [nat] {words}"
             )
         return lines + [f"note: {note}" for note in self.notes]

@@ -32,6 +32,8 @@ from gradscope.gate.outcome import Change, Outcome
 
 __all__ = ["check"]
 
+_SAME_BATCH = "the batch must be the same in every run: if it is drawn, draw it under a seed of its own"
+
 
 def check(
     baseline: Baseline,
@@ -163,6 +165,7 @@ class _Check:
             reason=f"The baseline is of something else, nothing was compared: {what} changed.",
             tier="fingerprint",
             changes=tuple(other),
+            notes=(_SAME_BATCH,) if any(c.layer == "batch" for c in other) else (),
             replicates=self.runs.made,
             model=run.fingerprint["model"],
         )
@@ -286,9 +289,12 @@ class _Check:
 
         old = np.asarray(self.baseline.effective_depth)
         batches = [self.runs.batch(n) for n in numbers]
-        new = np.asarray(depths(self.runs.runner, numbers, batches, self.runs.loss))
+        new = np.asarray(depths(self.runs.runner, numbers, batches, self.runs.loss)[0])
         if not len(old):
-            raise GateError("effective_depth: the baseline has none for this model; leave it out.")
+            why = self.baseline.summary.get("D", "none")
+            raise GateError(
+                f"effective_depth: the baseline has none for this model; leave it out. D: {why}"
+            )
         if not len(new):
             obtained, change, p = "none", math.nan, 0.0
         else:
