@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gradscope.analysis.gate.moderated import Moments, moderated_t
 from gradscope.analysis.gate.tolerance import DEFAULTS, parse_tolerance
 from gradscope.errors import GateError
 from gradscope.experiment.checksum import checksum, digest
+from gradscope.experiment.replicate import Replicates
 from gradscope.reference import Transformer, next_token_loss
 
 BLOCK = 3
@@ -63,6 +65,43 @@ def test_other_seeds_pass_and_say_where_the_random_order_changed(baseline, batch
     assert (outcome.status, outcome.tier) == ("passed", "other seeds")
     assert "random order changed from embed.tokens.weight on" in str(outcome)
     assert all(outcome.resolution[kind] >= DEFAULTS[kind] for kind in ("flow", "rms", "gup"))
+
+
+def test_no_replicate_is_spent_on_finding_out_whether_the_weights_are_the_same(baseline, batch):
+    assert gate.check(baseline, make, batch, next_token_loss).replicates == 5
+    assert gate.check(baseline, other_seeds(make), batch, next_token_loss).replicates == 5
+    clear = gate.check(baseline, other_seeds(scaled(1.3)), batch, next_token_loss)
+    assert (clear.status, clear.replicates) == ("failed", 8)
+
+
+def test_seeds_of_which_only_the_first_starts_alike_are_other_seeds(baseline, batch):
+    def partly() -> nn.Module:
+        if torch.initial_seed() > 0:
+            torch.rand(3)
+        return make()
+
+    outcome = gate.check(baseline, partly, batch, next_token_loss)
+    assert (outcome.status, outcome.tier) == ("passed", "other seeds")
+    assert outcome.replicates == 10 and "from embed.tokens.weight on" in str(outcome)
+
+
+def test_a_busy_machine_is_given_one_thread_and_the_threads_come_back(batch):
+    used: list[int] = []
+
+    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
+        used.append(torch.get_num_threads())
+        time.sleep(0.06)  # waiting, as threads do for each other
+        return next_token_loss(model, pair)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runner = Replicates(make, batch, loss)
+        for seed in range(3):
+            runner.run(seed)
+        assert used == [2, 1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_checking_leaves_the_random_state_alone(baseline, batch):

@@ -10,6 +10,7 @@ from scipy import stats
 
 from gradscope.analysis.gate.decision import Rule
 from gradscope.analysis.gate.features import Feature
+from gradscope.analysis.gate.moderated import Moments
 from gradscope.analysis.gate.tolerance import parse_tolerance
 
 BLOCKS = tuple(f"blocks.{k}" for k in range(12))
@@ -67,6 +68,31 @@ def test_a_block_is_named_though_all_in_front_of_it_depart():
     tested = simulated(11, {**front, "gup blocks.9": 1.0})
     rng = np.random.default_rng(12)
     assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "blocks.9")] * 5
+
+
+def test_three_further_replicates_end_what_is_clear_and_leave_open_what_is_not():
+    """Twelve layers of spread .03: a change of .5 nat, none, and one of .09 that three cannot tell."""
+    features = tuple(Feature("upd", block, "upd blocks.*", k) for k, block in enumerate(BLOCKS))
+    rule = Rule.of(features, parse_tolerance("upd:.05nat"))
+    base = Moments(np.zeros(12), np.full(12, 0.03**2), 20)
+    flagged = np.arange(12) == 5
+
+    def look(change: float, count: int) -> str:
+        run = Moments(np.where(flagged, change, 0.0), np.full(12, 0.03**2), count)
+        return rule.confirm(base, run, flagged, np.full(12, 0.2))[0]
+
+    # p of t = change/(.03·√(1/20 + 1/count)) with 21 + 10 or 28 + 10 degrees of freedom
+    for change, count in ((0.5, 3), (0.0, 3), (0.06, 3), (0.06, 10), (-0.5, 3), (0.04, 10)):
+        degrees = 20 + count - 2 + 10
+        p = 2 * stats.t.sf(abs(change) / (0.03 * np.sqrt(1 / 20 + 1 / count)), degrees)
+        level = 1e-4 if count == 3 else 0.01
+        expected = "failed" if p <= level and change > 0.05 else "passed"
+        if expected == "passed" and count == 3 and p <= 0.05 and change > 0:
+            expected = "open"
+        assert look(change, count) == expected, (change, count)
+    assert [look(0.5, 3), look(0.0, 3), look(0.06, 3), look(-0.5, 3)] == [
+        *("failed", "passed", "open", "passed")
+    ]
 
 
 def test_the_smallest_change_has_the_power_that_is_said():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from gradscope.experiment.measure import measure
 from gradscope.layers import named_layers, select
 from gradscope.record import Record, Step
 
-__all__ = ["ParameterFacts", "Replicate", "Replicates", "joined", "kinds_of_skip"]
+__all__ = ["ParameterFacts", "Replicate", "Replicates", "initial_facts", "joined", "kinds_of_skip"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -31,6 +32,10 @@ _STATISTICS: Final = (
 )
 
 
+#: Seconds below which a replicate does not tell how busy the machine is.
+_TELLING: Final = 0.05
+
+
 @dataclass(slots=True)
 class ParameterFacts:
     """What is exactly known of one parameter.
@@ -38,8 +43,9 @@ class ParameterFacts:
     Attributes:
         shape: its shape.
         requires_grad: whether it is trained.
-        constant: whether all of its elements are equal, as in a norm's weight.
-        checksum: of its values; NaN for zeros.
+        constant: whether all elements are equal, as in a norm's weight; False where no checksum was
+            asked for.
+        checksum: of its values; NaN for zeros, and where none was asked for.
         zero_rows: share of its gradient's rows (along the first axis) that are exactly zero; NaN without
             a gradient.
     """
@@ -59,7 +65,8 @@ class Replicate:
         seed: the seed, or the number of the batch.
         record: the measured step.
         parameters: by name, in the order of definition.
-        activation: checksum of each block's output; a trunk's input stands under ``input of ...``.
+        activation: checksum of each block's output; a trunk's input stands under ``input of ...``. Empty
+            where no checksums were asked for.
         output_grad: the same of the gradient there.
     """
 
@@ -72,6 +79,9 @@ class Replicate:
 
 class Replicates:
     """Makes replicates of one model on demand.
+
+    On a machine so busy that several threads get less than one processor, all but the first replicate run
+    with one thread.
 
     Args:
         make_model: returns a new model; or a model, which is copied.
@@ -86,18 +96,39 @@ class Replicates:
         self._batch = batch
         self._loss = loss or model_loss
         self._last: nn.Module | None = None
+        self._crowded = False
 
-    def run(self, seed: int, batch: Any = None) -> Replicate:
+    def run(self, seed: int, batch: Any = None, *, checksums: bool = True) -> Replicate:
         """One forward and backward under that seed.
+
+        Args:
+            seed: the seed, or the number of the batch.
+            batch: another batch than the one given at first.
+            checksums: whether to take them; a replicate that no other has the weights of needs none.
 
         Raises:
             MeasureError: see `gradscope.measure`.
         """
+        threads = torch.get_num_threads()
+        wall, used = time.perf_counter(), time.process_time()
+        if self._crowded:
+            torch.set_num_threads(1)
+        try:
+            found = self._run(seed, batch, checksums)
+        finally:
+            if self._crowded:
+                torch.set_num_threads(threads)
+        wall, used = time.perf_counter() - wall, time.process_time() - used
+        # Threads that wait for each other on a busy machine take several times as long as one alone.
+        self._crowded = self._crowded or (threads > 1 and wall > _TELLING and used < wall)
+        return found
+
+    def _run(self, seed: int, batch: Any, checksums: bool) -> Replicate:
         found = Replicate(seed, Record({}), {}, {}, {})
         batch = self._batch if batch is None else batch
 
         def loss(model: nn.Module, data: Any) -> Tensor:
-            with _Listening(model, found):
+            with _Listening(model, found, checksums):
                 return self._loss(model, data)
 
         given = self._make
@@ -129,22 +160,23 @@ class Replicates:
 
 
 class _Listening:
-    """Hooks that take checksums, for one forward and the backward pass after it."""
+    """Hooks that take exact facts and checksums, for one forward and the backward pass after it."""
 
-    def __init__(self, model: nn.Module, found: Replicate) -> None:
+    def __init__(self, model: nn.Module, found: Replicate, checksums: bool) -> None:
         self._model = model
         self._found = found
+        self._checksums = checksums
         self._handles: list[Any] = []
 
     def __enter__(self) -> None:
         model, found = self._model, self._found
-        for entry in Parameters(model).entries:
-            parameter = entry.tensor()
-            if parameter is not None:
-                facts = found.parameters[entry.name] = _facts(parameter)
-                if parameter.requires_grad:
-                    # Goes with its model: a replicate's model is dropped after its step.
-                    parameter.register_post_accumulate_grad_hook(_ZeroRows(facts))
+        for name, parameter in _parameters(model):
+            facts = found.parameters[name] = _facts(parameter, self._checksums)
+            if parameter.requires_grad:
+                # Goes with its model: a replicate's model is dropped after its step.
+                parameter.register_post_accumulate_grad_hook(_ZeroRows(facts))
+        if not self._checksums:
+            return
         modules = named_layers(model)
         first: set[str] = set()
         for layer, module in select(model, None):
@@ -172,7 +204,9 @@ class _ZeroRows:
         if gradient is None or gradient.is_sparse or not gradient.numel():
             return
         rows = gradient.reshape(len(gradient), -1) if gradient.dim() else gradient.reshape(1, 1)
-        self._facts.zero_rows = float((rows == 0).all(1).float().mean())
+        begins = (rows[:, 0] == 0).nonzero().squeeze(1)  # hardly any row does: the rest is not read
+        zeros = int((rows[begins] == 0).all(1).sum()) if len(begins) else 0
+        self._facts.zero_rows = zeros / len(rows)
 
 
 class _Output:
@@ -215,10 +249,26 @@ class _Gradient:
         self._found.output_grad[self._name] = checksum(gradient)
 
 
-def _facts(parameter: Tensor) -> ParameterFacts:
-    values = parameter.detach()
-    constant = values.numel() == 0 or bool((values == values.reshape(-1)[0]).all())
-    return ParameterFacts(tuple(values.shape), parameter.requires_grad, constant, checksum(values))
+def initial_facts(model: nn.Module) -> dict[str, ParameterFacts]:
+    """What is known of each parameter of a model before it runs."""
+    return {name: _facts(parameter, True) for name, parameter in _parameters(model)}
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for entry in Parameters(model).entries:
+        parameter = entry.tensor()
+        if parameter is not None:
+            yield entry.name, parameter
+
+
+def _facts(parameter: Tensor, checksums: bool) -> ParameterFacts:
+    shape = tuple(parameter.shape)
+    if not checksums:
+        return ParameterFacts(shape, parameter.requires_grad, False, math.nan)
+    values = parameter.detach().reshape(-1)
+    # Two elements tell nearly every tensor that is not constant.
+    constant = not len(values) or (bool(values[0] == values[-1]) and bool((values == values[0]).all()))
+    return ParameterFacts(shape, parameter.requires_grad, constant, checksum(values))
 
 
 def joined(replicates: Iterable[Replicate]) -> Record:

@@ -16,11 +16,18 @@ from gradscope.errors import GateError, GradscopeError, MeasureError
 from gradscope.experiment.checksum import digest
 from gradscope.experiment.effective_depth import effective_depth
 from gradscope.experiment.progress import counted
-from gradscope.experiment.replicate import Replicate, Replicates, joined, kinds_of_skip
+from gradscope.experiment.replicate import (
+    Replicate,
+    Replicates,
+    initial_facts,
+    joined,
+    kinds_of_skip,
+)
 from gradscope.gate.baseline import PAIRED, Baseline, Expected, ParameterRow
+from gradscope.layers import select
 from gradscope.record import Record
 
-__all__ = ["as_batches", "depths", "observe", "skips", "take"]
+__all__ = ["as_batches", "bare", "depths", "observe", "skips", "take"]
 
 
 def as_batches(batch: Any) -> list[Any]:
@@ -60,8 +67,8 @@ def take(
             "5, one baseline in eight fails every later run)."
         )
     found = [
-        runner.run(n, batches[n] if batches else None)
-        for n in counted(numbers, "gradient baseline: replicate", show=progress)
+        runner.run(n, batches[n] if batches else None, checksums=i < PAIRED)
+        for i, n in enumerate(counted(numbers, "gradient baseline: replicate", show=progress))
     ]
     first = batches[0] if batches else batch
     effective, why = depths(runner, numbers[:PAIRED], batches or [batch] * PAIRED, loss)
@@ -97,6 +104,30 @@ def depths(
             return (), "no sum over paths is finite"
         found.append(value)
     return tuple(found), ""
+
+
+def bare(runner: Replicates, seed: int, baseline: Baseline) -> Baseline:
+    """What one initialisation says of the parameters, without running it: all else is empty."""
+    model = runner.model(seed)
+    layers = [layer.name for layer, _ in select(model, None) if layer.is_block]
+    return Baseline(
+        kind=baseline.kind,
+        fingerprint={},
+        summary={},
+        effective_depth=(),
+        seeds=(seed,),
+        batches=(),
+        blocks=tuple(layers),
+        architecture={},
+        parameters={
+            name: ParameterRow(x.shape, x.requires_grad, "", None, x.constant, (x.checksum,))
+            for name, x in initial_facts(model).items()
+        },
+        features=(),
+        nonfinite=False,
+        activation={},
+        output_grad={},
+    )
 
 
 def observe(

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradscope.analysis.gate.decision import CONFIRM, SCREEN
+from gradscope.analysis.gate.decision import FIRST_LOOK
 from gradscope.analysis.gate.moderated import Tested
 from gradscope.analysis.gate.tolerance import EFFECTIVE_DEPTH, Tolerance, parse_tolerance
 from gradscope.errors import GateError
-from gradscope.experiment.checksum import digest
-from gradscope.experiment.progress import counted
 from gradscope.experiment.replicate import Replicate, Replicates
-from gradscope.gate.baseline import PAIRED, Baseline
+from gradscope.gate.baseline import Baseline
 from gradscope.gate.compare import (
     SAME_SEEDS,
     OtherSeeds,
@@ -27,8 +25,9 @@ from gradscope.gate.compare import (
     same_seeds,
 )
 from gradscope.gate.facts import Matched, first_of, match, other_subject, wrong_facts
-from gradscope.gate.observe import as_batches, depths, observe, skips
+from gradscope.gate.observe import as_batches, bare, depths, skips
 from gradscope.gate.outcome import Change, Outcome
+from gradscope.gate.runs import Runs
 
 __all__ = ["check"]
 
@@ -54,107 +53,61 @@ def check(
         )
     batches = as_batches(batch) if given else []
     runner = Replicates(make_model, batch, loss)
-    runs = _Runs(baseline, runner, batch, batches, loss, progress)
+    runs = Runs(baseline, runner, batch, batches, loss, progress)
     return _Check(baseline, runs, parse_tolerance(tolerance)).outcome()
-
-
-class _Runs:
-    """The replicates of the run, made when they are needed."""
-
-    def __init__(
-        self,
-        baseline: Baseline,
-        runner: Replicates,
-        batch: Any,
-        batches: list[Any],
-        loss: Any,
-        progress: bool,
-    ) -> None:
-        self.runner = runner
-        self.loss = loss
-        self.made = 0
-        self._progress = progress
-        self._batch = batch
-        self._batches = batches
-        self._digests = [digest(item)[0] for item in batches]
-        if batches:
-            known = {d: i for i, d in enumerate(baseline.batches[:PAIRED])}
-            at = {known[d]: n for n, d in enumerate(self._digests) if d in known}
-            self.paired = [at[i] for i in sorted(at)] if sorted(at) == list(range(len(known))) else []
-            self._fresh = [n for n, d in enumerate(self._digests) if d not in set(baseline.batches)]
-        else:
-            self.paired = list(baseline.seeds[:PAIRED])
-            start = max(baseline.seeds) + 1
-            self._fresh = list(range(start, start + SCREEN + CONFIRM))
-
-    @property
-    def first(self) -> Any:
-        """The batch, or the first of them."""
-        return self._batches[0] if self._batches else self._batch
-
-    def batch(self, number: int) -> Any:
-        """The batch of that replicate."""
-        return self._batches[number] if self._batches else self._batch
-
-    def make(self, numbers: Sequence[int]) -> list[Replicate]:
-        """Run them."""
-        self.made += len(numbers)
-        counting = counted(numbers, "gradient check: replicate", show=self._progress)
-        return [self.runner.run(n, self._batches[n] if self._batches else None) for n in counting]
-
-    def fresh(self, stage: int) -> list[int]:
-        """The numbers of the replicates that the baseline did not see."""
-        return self._fresh[:SCREEN] if stage == 0 else self._fresh[SCREEN : SCREEN + CONFIRM]
-
-    def observed(self, found: Sequence[Replicate]) -> Baseline:
-        """What they say."""
-        names = [self._digests[r.seed] for r in found] if self._batches else []
-        return observe(found, batch=self.first, batches=names, summary=False)
 
 
 @dataclass(slots=True, eq=False)
 class _Check:
     baseline: Baseline
-    runs: _Runs
+    runs: Runs
     tolerance: Tolerance
 
     def outcome(self) -> Outcome:
         """Run as many replicates as it takes."""
         paired = self.runs.paired
-        start = paired or self.runs.fresh(0)
-        if not start:
+        unpaired = self._unpaired(paired)
+        use_pairs = bool(paired) and not unpaired
+        numbers = (paired if use_pairs else self.runs.fresh(0)) or paired
+        if not numbers:
             raise GateError(
                 "No batch is left to check with: give the baseline's batches, or 15 new ones."
             )
-        found = self.runs.make(start[:1])
+        found = self.runs.make(numbers[:1])
         one = self.runs.observed(found)
-        table = skips(self.runs.runner, found[0], self.runs.batch(start[0]), self.runs.loss)
+        first = self.runs.batch(numbers[0])
+        table = skips(self.runs.runner, found[0], first, self.runs.loss)
         one = replace(one, architecture=table)
         matched = match(self.baseline, one)
         other = other_subject(self.baseline, matched.run)
         if other:
             return self._not_applicable(other, one)
-        unpaired = first_unpaired(self.baseline, matched.run)
-        use_pairs = bool(paired) and not unpaired
-        rest = paired[1:] if use_pairs else self.runs.fresh(0)[0 if paired else 1 :]
-        more = self.runs.make(rest)
-        found = [*found, *more] if use_pairs or not paired else more
-        run = replace(self.runs.observed(found), architecture=table)
-        matched = match(self.baseline, run)
+        found += self.runs.make(numbers[1:])
+        matched = match(self.baseline, replace(self.runs.observed(found), architecture=table))
         if use_pairs:
             unpaired = first_unpaired(self.baseline, matched.run)
-            use_pairs = not unpaired
+            if unpaired and self.runs.fresh(0):
+                use_pairs = False
+                found = self.runs.make(self.runs.fresh(0))
+                matched = match(self.baseline, replace(self.runs.observed(found), architecture=table))
         notes = self._notes(matched)
         wrong = wrong_facts(self.baseline, matched)
         if wrong:
             return self._facts(wrong, matched, notes)
-        if use_pairs:
+        if use_pairs and not unpaired:
             return self._same(matched, notes)
         if paired:
             given = self.baseline.kind == "batch"
             what = "the weights are others" if given else "other seeds: the random order changed"
             notes.append(f"{what} from {unpaired} on")
         return self._other(matched, notes)
+
+    def _unpaired(self, paired: Sequence[int]) -> str:
+        """The first parameter that starts with other values, read off one initialisation alone."""
+        if not paired:
+            return ""
+        start = bare(self.runs.runner, paired[0], self.baseline)
+        return first_unpaired(self.baseline, match(self.baseline, start).run)
 
     # -- the tiers -------------------------------------------------------------------------------
 
@@ -220,18 +173,23 @@ class _Check:
             )
         numbers = self.runs.fresh(1)
         names = {f.name for f, hit in zip(first.rule.features, flagged, strict=True) if hit}
-        if len(numbers) >= 3:
-            again = match(self.baseline, self.runs.observed(self.runs.make(numbers))).run
-            second = OtherSeeds.of(self.baseline, again, self.tolerance)
-            flags = second.named(names)
+        if len(numbers) >= FIRST_LOOK:
             signs = dict(zip((f.name for f in first.rule.features), tested.change, strict=True))
-            before = np.asarray([signs.get(f.name, 0.0) for f in second.rule.features])
-            confirmed, later = second.rule.confirm(second.base, second.run, flags, before)
-            if confirmed.any():
-                place = second.place(confirmed, later, self.baseline.blocks)
-                changes = second.changes(confirmed, later, place)
-                return self._failed("other seeds", _where(place), changes, again, notes)
-            why = f"and {len(numbers)} further ones do not confirm it"
+            further: list[Replicate] = []
+            status = "open"
+            while status == "open" and len(further) < len(numbers):
+                until = len(numbers) if further else FIRST_LOOK
+                further += self.runs.make(numbers[len(further) : until])
+                again = match(self.baseline, self.runs.observed(further)).run
+                second = OtherSeeds.of(self.baseline, again, self.tolerance)
+                before = np.asarray([signs.get(f.name, 0.0) for f in second.rule.features])
+                flags = second.named(names)
+                status, departs, later = second.rule.confirm(second.base, second.run, flags, before)
+                if status == "failed":
+                    place = second.place(departs, later, self.baseline.blocks)
+                    changes = second.changes(departs, later, place)
+                    return self._failed("other seeds", _where(place), changes, again, notes)
+            why = f"and {len(further)} further ones do not confirm it"
         else:
             why = f"and there were only {len(numbers)} further ones to confirm it with"
         place = first.place(flagged, tested, self.baseline.blocks)

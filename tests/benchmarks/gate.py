@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from gradscope.analysis.gate.decision import CONFIRM, SCREEN, Rule, name_place
+from gradscope.analysis.gate.decision import CONFIRM, FIRST_LOOK, SCREEN, Rule, name_place
 from gradscope.analysis.gate.features import Feature, Features, read_features
 from gradscope.analysis.gate.moderated import Moments, moderated_t
 from gradscope.analysis.gate.tolerance import parse_tolerance
@@ -271,9 +271,12 @@ class Pools:
         flagged, seen = self.rule.screen(base, Moments.of(self.run[drawn[:SCREEN]]))
         if not flagged.any():
             return "passed", ""
-        further = Moments.of(self.run[drawn[SCREEN:]])
-        failed, tested = self.rule.confirm(base, further, flagged, seen.change)
-        if not failed.any():
+        for last in (SCREEN + FIRST_LOOK, SCREEN + CONFIRM):
+            further = Moments.of(self.run[drawn[SCREEN:last]])
+            status, failed, tested = self.rule.confirm(base, further, flagged, seen.change)
+            if status != "open":
+                break
+        if status != "failed":
             return "suspicious", ""
         size = np.abs(tested.change) / self.rule.smallest
         place = name_place(self.rule.features, failed, np.abs(tested.t), size, self.blocks)

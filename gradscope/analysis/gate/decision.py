@@ -2,9 +2,11 @@
 
 **Screen** with five fresh replicates: a feature is flagged where p·m ≤ .05, m the number of features,
 and the change is above half the tolerance; nothing flagged passes. **Confirm** with ten further fresh
-ones, only the k flagged features: p·k ≤ .01, the same sign, a change above the tolerance. **Name** the
-block by the weights, forward-first; else by the activations, forward-first; else by the largest |t|. No
-single block is blamed where at least half of the blocks depart on both sides of it (`Place.wide`).
+ones, only the k flagged features: p·k ≤ .01, the same sign, a change above the tolerance. After three of
+the ten a first look ends what is clear: p·k ≤ 10⁻⁴ fails, and no feature with p ≤ .05 and the same sign
+passes. **Name** the block by the weights, forward-first; else by the activations, forward-first; else by
+the largest |t|. No single block is blamed where at least half of the blocks depart on both sides of it
+(`Place.wide`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from gradscope.analysis.gate.features import Feature
 from gradscope.analysis.gate.moderated import Moments, Tested, moderated_t
 from gradscope.analysis.gate.tolerance import Tolerance
 
-__all__ = ["CONFIRM", "SCREEN", "Place", "Rule", "name_place"]
+__all__ = ["CONFIRM", "FIRST_LOOK", "SCREEN", "Place", "Rule", "name_place"]
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -28,8 +30,12 @@ Mask = npt.NDArray[np.bool_]
 #: Fresh replicates of the two stages.
 SCREEN: Final = 5
 CONFIRM: Final = 10
+#: So many of the further ones are looked at first.
+FIRST_LOOK: Final = 3
 _SCREEN_LEVEL: Final = 0.05
 _CONFIRM_LEVEL: Final = 0.01
+_CLEAR_LEVEL: Final = 1e-4
+_ALIVE_LEVEL: Final = 0.05
 _POWER_95: Final = 1.645
 #: A block departs with others if it does so by this share of the largest change.
 _COMPARABLE: Final = 0.25
@@ -67,19 +73,32 @@ class Rule:
 
     def confirm(
         self, base: Moments, run: Moments, flagged: Mask, screened: Floats
-    ) -> tuple[Mask, Tested]:
-        """[F], which of the flagged features the further replicates confirm.
+    ) -> tuple[str, Mask, Tested]:
+        """Whether the further replicates confirm what the first ones flagged.
 
         Args:
             base: the baseline.
-            run: the further replicates alone.
+            run: the further replicates alone: `FIRST_LOOK` of them, or all.
             flagged: [F].
             screened: [F], the changes that the screen saw; the sign must be the same.
+
+        Returns:
+            ``failed``, ``passed``, or ``open`` where a first look cannot tell; [F], which of the flagged
+            features depart, each by itself (p ≤ .01), to read the place from; and the test.
         """
         tested = moderated_t(base, run, self.role)
-        clear = tested.p_value * int(flagged.sum()) <= _CONFIRM_LEVEL
-        same = np.sign(tested.change) == np.sign(screened)
-        return flagged & clear & same & (np.abs(tested.change) > self.smallest), tested
+        first = run.count <= FIRST_LOOK
+        flags = int(flagged.sum())
+        same = flagged & (np.sign(tested.change) == np.sign(screened))
+        large = same & (np.abs(tested.change) > self.smallest)
+        level = _CLEAR_LEVEL if first else _CONFIRM_LEVEL
+        if (large & (tested.p_value * flags <= level)).any():
+            status = "failed"
+        elif first and (same & (tested.p_value <= _ALIVE_LEVEL)).any():
+            status = "open"
+        else:
+            status = "passed"
+        return status, large & (tested.p_value <= _CONFIRM_LEVEL), tested
 
     def resolution(self, tested: Tested) -> Floats:
         """[F] the smallest change that this many replicates flag with 95 % power, at least the tolerance.
