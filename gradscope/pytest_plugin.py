@@ -64,8 +64,9 @@ class GradientBaseline:
         """Compare the model with its baseline; fail where it departs, or where there is none yet.
 
         The first run writes the baseline and fails: look at it, and commit it. ``--gradscope-update``
-        accepts: it writes a missing baseline and replaces one that the model departs from; one that still
-        holds stays as it is. A damaged, newer or read-only file is never overwritten.
+        accepts: it writes a missing baseline and replaces one that the model departs from, or that an
+        older version of gradscope wrote; one that still holds stays as it is. A damaged, newer or
+        read-only file is never overwritten.
 
         ::
 
@@ -86,7 +87,8 @@ class GradientBaseline:
         """
         __tracebackhide__ = True
         from gradscope import gate
-        from gradscope.errors import GateError
+        from gradscope.analysis.gate.tolerance import parse_tolerance
+        from gradscope.errors import GradscopeError
 
         path = self.path(name)
         if path in self._used:
@@ -97,37 +99,54 @@ class GradientBaseline:
             )
         self._used.add(path)
         self._node.user_properties.append((_FILE, str(path)))
-        update = bool(self._config.getoption(_OPTION))
 
-        def written() -> str:
+        def take() -> str:
             baseline = gate.take(make_model, batch, loss, replicates=replicates)
             baseline.save(path)
             return str(baseline)
 
+        def compare() -> Outcome:
+            baseline = gate.Baseline.load(path)
+            return gate.check(baseline, make_model, batch, loss, tolerance=tolerance)
+
         try:
-            if not path.exists():
-                summary = written()
-                self._node.user_properties.append((_SAID, f"new: {_shown(path)}"))
-                if update:
-                    return gate.check(gate.Baseline.load(path), make_model, batch, loss)
-                pytest.fail(
-                    f"There was no gradient baseline; one has been written to {_shown(path)}\n{summary}\n"
-                    "Look at it, commit it, and run again.",
-                    pytrace=False,
-                )
-            outcome = gate.check(gate.Baseline.load(path), make_model, batch, loss, tolerance=tolerance)
-            if outcome.failed and update:
-                summary = written()
-                self._say(
-                    f"replaced: {_shown(path)}", f"{outcome.text(self._width)}\nreplaced by:\n{summary}"
-                )
-                return gate.check(gate.Baseline.load(path), make_model, batch, loss)
-        except GateError as error:
-            pytest.fail(str(error), pytrace=False)
-        if outcome.failed:
+            parse_tolerance(tolerance)  # a wrong one is said before anything is written
+            return self._checked(path, take, compare)
+        except GradscopeError as error:
+            unusable = str(error)
+        pytest.fail(unusable, pytrace=False)
+
+    def _checked(self, path: Path, take: Callable[[], str], compare: Callable[[], Outcome]) -> Outcome:
+        __tracebackhide__ = True
+        from gradscope import gate
+
+        update = bool(self._config.getoption(_OPTION))
+        old = path.exists() and update and gate.outdated(path)
+        outcome = compare() if path.exists() and not old else None
+        if outcome is not None and not (outcome.failed and update):
             text = outcome.text(self._width)
-            pytest.fail(f"{text}\nTo accept the change:\n{self._accept()}", pytrace=False)
-        self._say(f"{outcome.status}: {_shown(path)}", outcome.text(self._width))
+            if outcome.failed:
+                pytest.fail(f"{text}\nTo accept the change:\n{self._accept()}", pytrace=False)
+            self._say(f"{outcome.status}: {_shown(path)}", text)
+            return outcome
+        replaced = path.exists()
+        summary = take()
+        if not update:
+            self._node.user_properties.append((_SAID, f"new: {_shown(path)}"))
+            pytest.fail(
+                f"There was no gradient baseline; one has been written to {_shown(path)}\n{summary}\n"
+                "Look at it, commit it, and run again.",
+                pytrace=False,
+            )
+        before = "" if outcome is None else f"{outcome.text(self._width)}\nreplaced by:\n"
+        self._say(f"{'replaced' if replaced else 'new'}: {_shown(path)}", f"{before}{summary}")
+        outcome = compare()
+        if outcome.failed:
+            pytest.fail(
+                f"What has just been written to {_shown(path)} does not hold: the model, the batch or "
+                f"the loss is another one each time.\n{outcome.text(self._width)}",
+                pytrace=False,
+            )
         return outcome
 
     def _say(self, line: str, text: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -293,24 +295,71 @@ def test_renamed_layers_are_matched_and_said(baseline, batch):
 # -- the file ------------------------------------------------------------------------------------
 
 
-def test_the_file_is_read_back_and_has_one_line_per_layer(baseline, tmp_path):
+def test_the_file_is_read_back(baseline, of_batches, tmp_path):
+    for one in (baseline, of_batches):
+        path = one.save(tmp_path / f"{one.kind}.json")
+        again = gate.Baseline.load(path)
+        by_name = {item.feature.name: item for item in again.features}
+        assert by_name == {item.feature.name: item for item in one.features}
+        for name in ("kind", "fingerprint", "summary", "seeds", "batches", "blocks", "architecture"):
+            assert getattr(again, name) == getattr(one, name)
+        for name, row in one.parameters.items():
+            kept = again.parameters[name]
+            assert replace(kept, checksum=()) == replace(row, checksum=())
+            np.testing.assert_allclose(kept.checksum, row.checksum, atol=5.1e-4)
+        for kept, now in ((again.activation, one.activation), (again.output_grad, one.output_grad)):
+            assert list(kept) == list(now)  # in the order of the forward pass
+            np.testing.assert_allclose([*kept.values()], [*now.values()], atol=5.1e-4)
+        again.save(tmp_path / "again.json")
+        assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+        assert str(again) == str(one) and "D:" in str(again) and "ξ" in str(again)
+
+
+def test_the_file_is_small_and_has_one_line_per_feature(baseline, tmp_path):
     path = baseline.save(tmp_path / "model.json")
-    again = gate.Baseline.load(path)
-    assert again.features == baseline.features and again.fingerprint == baseline.fingerprint
-    again.save(tmp_path / "again.json")
-    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert sum(line.strip().startswith('"flow blocks.2"') for line in lines) == 1
-    assert str(again) == str(baseline) and "D:" in str(again) and "ξ" in str(again)
+    text = path.read_text(encoding="utf-8")
+    rows = len(baseline.features) + len(baseline.parameters)
+    assert len(text) / rows < 105  # bytes per feature or parameter
+    assert max(map(len, text.splitlines())) <= 180
+    block = text[text.index('"blocks.2": {') :]
+    assert [line.split(":")[0].strip() for line in block.splitlines()[1:5]] == [
+        f'"{kind}"' for kind in ("flow", "act", "upd", "gup")
+    ]
+
+
+def test_one_layer_that_changed_is_a_small_diff(baseline, batch, tmp_path):
+    """Frozen, the parameters of one sublayer change; their values and all others stay."""
+    old, new = (
+        one.save(tmp_path / f"{i}.json").read_text(encoding="utf-8").splitlines()
+        for i, one in enumerate((baseline, gate.take(frozen, batch, next_token_loss)))
+    )
+    touched = sum(p.requires_grad for p in make().blocks[BLOCK].attention.parameters())  # type: ignore[union-attr]
+    changed = [line for line in difflib.unified_diff(old, new, n=0) if line[:1] in "+-"]
+    assert 0 < len(changed) <= 12 * touched + 40
+    assert len(changed) < len(old) / 5
+
+
+def test_a_file_of_an_older_schema_is_not_read_and_may_be_replaced(baseline, tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"gradscope": "baseline", "schema": 1}), encoding="utf-8")
+    assert gate.outdated(path)
+    with pytest.raises(GateError, match=r"no longer reads.*--gradscope-update"):
+        gate.Baseline.load(path)
+    baseline.save(path)
+    assert not gate.outdated(path)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda text: text[: len(text) // 2], "damaged"),
-        (lambda text: text.replace('"schema": 1', '"schema": 99'), "newer"),
+        (lambda text: text.replace('"schema": 2', '"schema": 99'), "newer"),
         (lambda text: json.dumps({"a": 1}), "no gradient baseline"),
-        (lambda text: text.replace('"mean"', '"median"'), "damaged"),
+        (lambda text: text.replace('"schema": 2', '"schema": true'), "damaged"),
+        (lambda text: text.replace('"schema": 2', '"schema": 0'), "damaged"),
+        (lambda text: text.replace('"shape"', '"form"'), "damaged"),
+        (lambda text: text.replace('"flow": [', '"flow": [1.5, '), "damaged"),
+        (lambda text: text.replace('"flow": [', '"flow": ["x", '), "damaged"),
         (lambda text: "\x00\x01", "damaged"),
     ],
 )

@@ -50,6 +50,7 @@ def everything_loaded() -> None:
         lambda v=v: reference.Transformer(v, depth=2, width=16, heads=2) for v in ("pre_norm", "skip")
     ]
     baseline = gate.take(makers[0], batch, reference.next_token_loss, replicates=3)
+    torch.optim.AdamW(makers[0]().parameters()).step()
     for make in makers:
         str(gate.check(baseline, make, batch, reference.next_token_loss))
 
@@ -141,6 +142,97 @@ def test_accepting_leaves_a_baseline_that_holds(suite: pytest.Pytester, kept: Pa
     assert kept.read_bytes() == before
 
 
+def test_an_older_baseline_is_replaced_on_demand_alone(suite: pytest.Pytester, kept: Path) -> None:
+    whole = kept.read_bytes()
+    kept.write_text(json.dumps({"gradscope": "baseline", "schema": 1}), encoding="utf-8")
+    old = kept.read_bytes()
+    run = suite.runpytest_inprocess(*PLUGIN)
+    run.assert_outcomes(failed=1)
+    run.stdout.fnmatch_lines(["*schema 1*--gradscope-update*"])
+    assert kept.read_bytes() == old
+    suite.runpytest_inprocess(*PLUGIN, "--gradscope-update").assert_outcomes(passed=1)
+    assert kept.read_bytes() == whole
+
+
+def test_an_error_is_said_once_without_the_library_s_own_lines(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_suite=SUITE.replace("replicates=3", "tolerance='flow:20'").replace("make, batch", "0, batch")
+        + "\n\ndef test_model_is_none(gradient_baseline):\n"
+        + "    make = lambda: torch.nn.Linear(2, 2)\n"
+        + "    gradient_baseline.check(make, torch.ones(2, 2), lambda model, x: model(x).sum())\n"
+    )
+    run = pytester.runpytest_inprocess(*PLUGIN)
+    run.assert_outcomes(failed=2)
+    text = run.stdout.str()
+    assert text.count("write kind:20%") == 1 and "No trunk found in Linear" in text
+    assert "During handling" not in text and "site-packages" not in text and "gate/" not in text
+    assert not (pytester.path / "gradient_baselines").exists()
+
+
+def test_what_is_another_model_each_time_cannot_be_accepted(pytester: pytest.Pytester) -> None:
+    changed = "    model.blocks[1].requires_grad_(bool(CALLS))\n    CALLS.append(0)\n    return model\n"
+    pytester.makepyfile(
+        test_suite=SUITE.replace("    return model\n", "    CALLS.append(0)\n" + changed)
+        .replace("def make()", "CALLS = []\n\n\ndef make()")
+        .replace("bool(CALLS)", "len(CALLS) < 12")
+    )
+    run = pytester.runpytest_inprocess(*PLUGIN, "--gradscope-update")
+    run.assert_outcomes(failed=1)
+    run.stdout.fnmatch_lines(["*does not hold*another one each time*"])
+
+
+GIVEN = """
+import os
+import pytest
+import torch
+from gradscope import reference
+
+tokens = torch.randint(64, (35, 4, 9), generator=torch.Generator().manual_seed(0))
+batches = [(t[:, :-1], t[:, 1:]) for t in tokens]
+
+
+@pytest.fixture(scope="session")
+def trained():
+    torch.manual_seed(0)
+    model = reference.Transformer("pre_norm", depth=4, width=16, heads=2, vocabulary=64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for batch in batches[:10]:
+        reference.next_token_loss(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if os.environ.get("PLANTED"):
+        with torch.no_grad():
+            model.blocks[2].attention.branch.function.value.weight.mul_(1.5)
+    return model
+
+
+def test_trained(trained, gradient_baseline):
+    begin, end = (int(x) for x in os.environ.get("PART", "0 20").split())
+    gradient_baseline.check(trained, batches[begin:end], reference.next_token_loss)
+"""
+
+
+def test_a_model_in_training_has_batches_for_replicates(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PLANTED", raising=False)
+    pytester.makepyfile(test_given=GIVEN)
+    first = pytester.runpytest_inprocess(*PLUGIN)
+    first.assert_outcomes(failed=1)
+    first.stdout.fnmatch_lines(["*20 batches of one model*"])
+    pytester.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=1)
+    monkeypatch.setenv("PART", "20 35")
+    other = pytester.runpytest_inprocess(*PLUGIN, "-rP")
+    other.assert_outcomes(passed=1)
+    other.stdout.fnmatch_lines(["*resolution (other seeds*"])
+    monkeypatch.setenv("PLANTED", "1")
+    for part in ("0 20", "20 35"):
+        monkeypatch.setenv("PART", part)
+        run = pytester.runpytest_inprocess(*PLUGIN, "-rN")
+        run.assert_outcomes(failed=1)
+        run.stdout.fnmatch_lines(["*blocks.2*", "To accept*"])
+
+
 @pytest.mark.parametrize("update", [(), ("--gradscope-update",)])
 @pytest.mark.parametrize("damage", ["corrupt", "cut", "newer", "foreign"])
 def test_an_unusable_baseline_is_an_error_and_stays(
@@ -150,7 +242,7 @@ def test_an_unusable_baseline_is_an_error_and_stays(
     content = {
         "corrupt": "{ no json",
         "cut": text[: len(text) // 2],
-        "newer": text.replace('"schema": 1', '"schema": 999'),
+        "newer": text.replace('"schema": 2', '"schema": 999'),
         "foreign": "{}",
     }[damage]
     assert content != text

@@ -15,7 +15,7 @@ from gradscope.analysis.gate.tolerance import parse_tolerance
 from gradscope.analysis.wording import escaped
 from gradscope.cli.output import columns
 from gradscope.errors import GateError, GradscopeError
-from gradscope.gate import Baseline, check, take
+from gradscope.gate import Baseline, check, outdated, take
 from gradscope.target import load_target
 
 __all__ = ["check_target"]
@@ -89,7 +89,8 @@ def _checked(target: str, path: Path, update: bool, fail_on: str | None, accept:
     parse_tolerance(fail_on)  # a wrong one is said before anything runs
     if not path.exists() and not update:
         raise GateError(f"There is no baseline {path}. Look at the model, and write one:\n{accept}")
-    old = Baseline.load(path) if path.exists() else None
+    new = not path.exists() or (update and outdated(path))
+    old = None if new else Baseline.load(path)
     found = load_target(target)
     if old is None:
         baseline = take(found.model, found.batch, found.loss, progress=True)

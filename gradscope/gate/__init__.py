@@ -22,7 +22,9 @@ CPU, or accept the tier of other seeds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.gate.baseline import Baseline
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     Loss = Callable[[nn.Module, Any], Tensor]
 
-__all__ = ["Baseline", "Change", "Outcome", "Profile", "check", "take"]
+__all__ = ["Baseline", "Change", "Outcome", "Profile", "check", "outdated", "take"]
 
 
 def take(
@@ -68,6 +70,17 @@ def take(
     from gradscope.gate.observe import take as observed
 
     return observed(make_model, batch, loss, replicates=replicates, seeds=seeds, progress=progress)
+
+
+def outdated(path: str | os.PathLike[str]) -> bool:
+    """Whether a baseline file is of an older version, which is not read and may be replaced.
+
+    Raises:
+        GateError: no such file, no baseline, damaged, or of a newer version.
+    """
+    from gradscope.gate.file import outdated as older
+
+    return older(Path(path))
 
 
 def check(

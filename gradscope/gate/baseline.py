@@ -18,6 +18,8 @@ __all__ = ["PAIRED", "Baseline", "Expected", "ParameterRow", "state_of"]
 
 #: So many replicates are kept one by one, to be compared under the same seeds.
 PAIRED: Final = 5
+#: Nats: less is what rounding leaves of values that are the same.
+_NO_SPREAD: Final = 1e-6
 
 
 def state_of(column: npt.NDArray[np.float64]) -> str:
@@ -58,9 +60,10 @@ class Expected:
                 found.append(cls(feature, state))
                 continue
             spread = float(np.std(column, ddof=1)) if len(column) > 1 else 0.0
+            spread = spread if spread > _NO_SPREAD else 0.0
             paired = tuple(round(float(x), 4) for x in column[:PAIRED])
             found.append(
-                cls(feature, state, round(float(np.mean(column)), 5), float(f"{spread:.4g}"), paired)
+                cls(feature, state, round(float(np.mean(column)), 4), float(f"{spread:.3g}"), paired)
             )
         return tuple(found)
 
@@ -138,9 +141,9 @@ class Baseline:
         return "\n".join(lines)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as JSON with one line per layer, atomically.
+        """Write it as JSON with one line per feature, atomically.
 
-        An older baseline that this version can read is replaced; anything else is left alone.
+        A baseline of this version or an older one is replaced; anything else is left alone.
 
         Raises:
             GateError: the path holds something else, a damaged or a newer baseline, or cannot be written.
@@ -154,7 +157,7 @@ class Baseline:
         """Read it.
 
         Raises:
-            GateError: no such file, no baseline, damaged, or of a newer version.
+            GateError: no such file, no baseline, damaged, or of a newer or older version.
         """
         from gradscope.gate.file import read
 

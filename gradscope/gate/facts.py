@@ -11,7 +11,7 @@ from typing import Final
 from gradscope.gate.baseline import Baseline, ParameterRow
 from gradscope.gate.outcome import Change
 
-__all__ = ["Matched", "first_of", "match", "other_subject", "wrong_facts"]
+__all__ = ["Matched", "block_of", "first_of", "match", "other_subject", "wrong_facts"]
 
 #: Nats by which loss and gradient may miss the factor between a sum and a mean, over seeds.
 _REDUCTION_WITHIN: Final = 0.1
@@ -52,7 +52,7 @@ def match(baseline: Baseline, run: Baseline) -> Matched:
             if (
                 baseline.parameters[candidate].shape == parameter.shape
                 and candidate.rpartition(".")[2] == name.rpartition(".")[2]
-                and _block_of(candidate, baseline.blocks) == _block_of(own[name], baseline.blocks)
+                and block_of(candidate, baseline.blocks) == block_of(own[name], baseline.blocks)
             ):
                 own[name] = candidate
                 lost.remove(candidate)
@@ -70,7 +70,7 @@ def _moved(name: str, blocks: Mapping[str, str]) -> str:
     return name
 
 
-def _block_of(name: str, blocks: Sequence[str]) -> int:
+def block_of(name: str, blocks: Sequence[str]) -> int:
     """Index of the first block that a parameter lies in; −1 for none."""
     found = [
         (-len(b), i)
@@ -182,7 +182,7 @@ def wrong_facts(baseline: Baseline, matched: Matched) -> list[Change]:
     run, found = matched.run, list[Change]()
 
     def say(layer: str, feature: str, expected: object, obtained: object) -> None:
-        block = _block_of(layer, baseline.blocks)
+        block = block_of(layer, baseline.blocks)
         found.append(
             Change(
                 layer=layer, feature=feature, expected=str(expected), obtained=str(obtained), block=block
