@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gradscope.collect.arguments import Mask
 from gradscope.collect.recorder import Recorder
 from gradscope.collect.schedule import Schedule
-from gradscope.errors import GradscopeWarning
+from gradscope.collect.setting import is_scripted
+from gradscope.errors import GradscopeWarning, LayerError
 from gradscope.layers import Selection
 from gradscope.record import Record
 
@@ -91,13 +92,18 @@ def watch(
         ``close()``.
 
     Raises:
-        LayerError: no depth axis in the model, or a pattern that matches nothing.
+        LayerError: no depth axis in the model, a pattern that matches nothing, or a model of TorchScript.
         RecordError: ``path`` holds something that is not a readable Record.
     """
     if not isinstance(model, nn.Module):
         kind = "the class" if isinstance(model, type) else "an object of type"
         name = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"watch() takes an nn.Module instance; got {kind} {name}.")
+    if is_scripted(model):
+        raise LayerError(
+            f"{type(model).__name__} is a module of TorchScript, whose forward calls no hooks. Watch the "
+            "model that it was made of, or one that has it as a part."
+        )
     options: dict[str, Any] = {
         "layers": layers,
         "statistics": statistics,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from gradscope import statistics
 from gradscope.collect.parameters import Parameters
@@ -32,7 +33,7 @@ class Accumulation:
         self._end: list[Mark | None] = []
         # One gradient that is not exactly zero, a small one, whose norm costs nothing.
         self._witness: int | None = None
-        sizes = [0 if p is None else p.numel() for p in parameters.tensors()]
+        sizes = [0 if p is None or is_lazy(p) else p.numel() for p in parameters.tensors()]
         self._by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
 
     def begin(self) -> None:

@@ -49,6 +49,7 @@ class Assembler:
         verified: for each branch site, whether the graph showed that its output is added.
         cadence: when what is recorded.
         compiled: sites inside a compiled module, which no hook can see.
+        scripted: sites of modules of TorchScript's.
         reached: whether a gradient ever came out of a compiled graph.
         identity: what must be the same on all ranks, so that their values can be put side by side.
     """
@@ -61,6 +62,7 @@ class Assembler:
     cadence: Schedule
     verified: dict[int, bool] = field(default_factory=dict)
     compiled: frozenset[int] = frozenset()
+    scripted: frozenset[int] = frozenset()
     reached: bool = False
     identity: str = ""
     _signature: Any = None
@@ -296,7 +298,13 @@ class Assembler:
                     for column, reason in (slot.gradient_absent or {}).items():
                         why[k, _A + column] = reason
             if not done:
-                why[k, :] = COMPILED if site in self.compiled else "not called"
+                why[k, :] = (
+                    COMPILED
+                    if site in self.compiled
+                    else "not supported: a module of TorchScript"
+                    if site in self.scripted
+                    else "not called"
+                )
         if len(passes) == 1:
             return value[0], why
         a = pool(ACTIVATION, value[..., :_A])

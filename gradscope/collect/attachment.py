@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradscope.collect import hook_guards, optimizers, probes, scaling
+from gradscope.collect.setting import is_scripted
 from gradscope.layers import named_layers
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Attachment:
         keep(model.register_forward_pre_hook(probes.RootStartProbe(recorder), with_kwargs=True))
         modules_by_name = named_layers(model)
         for site, (layer, module) in enumerate(zip(recorder.layers, modules, strict=True)):
+            if is_scripted(module):
+                continue
             if layer.is_block:
                 probe = probes.BlockInputProbe(recorder, site, traced.input_of(site))
                 entry = modules_by_name[layer.parts[0]] if layer.parts else module

@@ -72,6 +72,6 @@ def restore() -> None:
 
 def _code_of(model: nn.Module) -> Iterator[CodeType]:
     for kind in {type(module) for module in model.modules()}:
-        code = getattr(kind.forward, "__code__", None)
+        code = getattr(getattr(kind, "forward", None), "__code__", None)
         if code is not None:
             yield code

@@ -50,7 +50,7 @@ class ParameterEntry:
         if self.shard is not None:
             return self.shard.tensor()
         owner = self.module()
-        return None if owner is None else owner._parameters.get(self.attribute)
+        return None if owner is None else _parameter(owner, self.attribute)
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class Parameters:
         if self._sharded:
             return [entry.tensor() for entry in self.entries]
         modules = ((reference(), attribute) for reference, attribute in self._places)
-        return [None if m is None else m._parameters.get(attribute) for m, attribute in modules]
+        return [None if m is None else _parameter(m, attribute) for m, attribute in modules]
 
     def find_shards(self, model: nn.Module) -> None:
         """Look again which parameters FSDP2 manages."""
@@ -182,6 +182,11 @@ class Parameters:
             if now is not None and now.shape == before[i].shape:
                 found[i] = statistics.distance(before.pop(i), now)
         return found
+
+
+def _parameter(module: nn.Module, attribute: str) -> Tensor | None:
+    held = module._parameters  # of a scripted module, no dictionary
+    return held[attribute] if attribute in held else None
 
 
 def _packing(module: nn.Module, attribute: str, parameter: Tensor) -> int | None:

@@ -14,7 +14,7 @@ from gradscope.collect.optimizers import Optimizers
 from gradscope.collect.parameters import Parameters
 from gradscope.collect.sampling import Sampler
 from gradscope.collect.schedule import Schedule
-from gradscope.collect.setting import compiled_sites, linear_sites
+from gradscope.collect.setting import compiled_sites, linear_sites, scripted_sites
 from gradscope.collect.structure import Structure
 from gradscope.collect.traced import Traced
 from gradscope.layers import Layer
@@ -76,6 +76,7 @@ class Parts:
             update=options.update,
             cadence=schedule,
             compiled=compiled_sites(model, layers),
+            scripted=scripted_sites([module for _, module in selected]),
         )
         sampler = Sampler(
             recorder,

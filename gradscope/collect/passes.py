@@ -26,6 +26,10 @@ LAST: Final = "not supported: the last position has no next"
 class Slot:
     """One output tensor of a call: its activation statistics, and its gradient's once it has come.
 
+    ``writes`` counts, for a view and until the end of the backward pass, what is written in place to its
+    memory, of which it holds nothing. What autograd hands to the hook of a view that was written to is
+    but a part of its gradient.
+
     Of calls in a compiled graph there are rows of numbers first (`gradscope.collect.traced`): ``source``
     is where they come from, ``traced`` what the forward wrote, ``traced_gradient`` what the backward did.
     """
@@ -43,9 +47,21 @@ class Slot:
     owner: Pass | None = None
     error: str | None = None
     handles: tuple[Any, ...] = ()
+    writes: tuple[Tensor, int] | None = None
     source: Any = None
     traced: Any = None
     traced_gradient: Any = None
+
+    @property
+    def written(self) -> bool:
+        """Whether it is a view that was modified in place since it was seen."""
+        return self.writes is not None and self.writes[0]._version != self.writes[1]
+
+    def settle(self) -> None:
+        """The backward pass is over: what was written in place until then counts."""
+        if self.written:
+            self.error = "not supported: a view that was modified in place"
+        self.writes = None
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +104,7 @@ class TrunkPass:
     unproven: list[int] = field(default_factory=list)
     input: Tensor | None = None
     reading: int | None = None
-    held_activation: tuple[Tensor, int, Slot] | None = None
+    held_activation: tuple[Tensor, float, Slot] | None = None
     held_gradient: tuple[Tensor, int, Slot] | None = None
 
     def drop_forward(self) -> None:
@@ -106,15 +122,18 @@ class TrunkPass:
 class Pass:
     """One forward pass and what came back through it.
 
-    ``thread`` is the one that its forward runs in. ``accumulated`` says that a backward pass through it
-    wrote to ``.grad``; ``graph`` holds weak references to hooks that live as long as its autograd graph.
+    ``within`` counts the calls of the model by itself that run now. ``thread`` is the one that its
+    forward runs in. ``views`` are the samples of views. ``accumulated`` says that a backward pass through
+    it wrote to ``.grad``; ``graph`` holds weak references to hooks that live as long as its graph.
     """
 
     calls: list[Call] = field(default_factory=list)
     counts: dict[int, int] = field(default_factory=dict)
     trunks: dict[str, TrunkPass] = field(default_factory=dict)
-    aliases: dict[int, tuple[Any, int, Slot]] = field(default_factory=dict)
+    views: list[Slot] = field(default_factory=list)
+    aliases: dict[int, tuple[Any, float, Slot]] = field(default_factory=dict)
     root_open: bool = False
+    within: int = 0
     begun: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     loss: Tensor | float | None = None
@@ -146,9 +165,15 @@ class Pass:
             state.drop_forward()
         self.aliases.clear()
 
+    def _settle_views(self) -> None:
+        for slot in self.views:
+            slot.settle()
+        self.views.clear()
+
     def end_backward(self, backward: int) -> None:
         """A backward pass through it came to its end."""
         self.ended.add(backward)
+        self._settle_views()
         for state in self.trunks.values():
             state.held_gradient = None
             if not self.root_open:
@@ -161,6 +186,7 @@ class Pass:
 
     def close(self) -> None:
         """Its step is over: let go of its tensors, and take its hooks off leaves."""
+        self._settle_views()
         for state in self.trunks.values():
             state.drop()
         for call in self.calls:

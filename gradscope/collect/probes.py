@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _dynamo
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -39,14 +40,19 @@ __all__ = [
     "after_backward",
     "all_tensors_in",
     "backward_id",
+    "batched",
     "dispatch_modes",
     "first_tensor",
+    "function_modes",
     "in_transform",
+    "is_plain",
     "note_root_in_a_graph",
     "put_on",
     "roots_in_graphs",
     "tensors_in",
     "unseen",
+    "version_of",
+    "writes_of",
 ]
 
 _NO_BACKWARD: Final = -1
@@ -177,7 +183,7 @@ class BackwardProbe(_Probe):
     def __call__(self, grad: Tensor | None) -> None:
         """Called with the gradient, which may be None."""
         recorder = self._recorder()
-        if recorder is not None:
+        if recorder is not None and not (grad is not None and batched(grad)):
             recorder.guarded(-1, recorder.on_backward_start, self.owner)
 
 
@@ -279,6 +285,21 @@ def put_on(tensor: Tensor, probe: GradientProbe) -> Any:
 # -- the engine ------------------------------------------------------------------------------------
 
 
+def version_of(tensor: Tensor) -> float:
+    """How often it was written to; of a tensor that does not count that, a number equal to none."""
+    try:
+        return tensor._version
+    except RuntimeError:  # made under inference_mode
+        return math.nan
+
+
+def writes_of(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor of no elements whose version counts the writes to this one, and that version now."""
+    counter = tensor.detach()
+    counter.data = tensor.new_empty(0)
+    return counter, counter._version
+
+
 def backward_id() -> int:
     """The number of the backward pass this code runs in, or -1 outside of any."""
     # Private, and the only source that is right under nested and re-entrant passes. Without it
@@ -310,21 +331,30 @@ def in_transform() -> bool:
     )
 
 
+def batched(grad: Tensor) -> bool:
+    """Whether it is the gradient of a batch of backward passes (``is_grads_batched``, or vmap)."""
+    return is_legacy_batchedtensor(grad) or peek_interpreter_stack() is not None
+
+
 def _fake() -> bool:
     key = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(k) is not None for k in (key.FAKE, key.PROXY, key.FUNCTIONAL))
 
 
-#: How many dispatch modes of the user's see every operation now.
+#: Whether modes of the user's see every operation, and every function of torch's, now.
 dispatch_modes: Final = torch._C._len_torch_dispatch_stack
+function_modes: Final = torch._C._is_torch_function_mode_enabled
 
 
-def unseen() -> contextlib.AbstractContextManager[Any]:
-    """A context in which the user's dispatch modes do not see what gradscope computes.
+@contextlib.contextmanager
+def unseen() -> Generator[None]:
+    """A context in which the user's modes do not see what gradscope computes.
 
-    Selective checkpointing replays the operations that it saw; a profiler counts them.
+    Selective checkpointing replays the operations that it saw; a profiler counts them; a default device
+    is another one than the watched tensor's.
     """
-    return _disable_current_modes()
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 # -- structured outputs ----------------------------------------------------------------------------
@@ -344,6 +374,11 @@ def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
     elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name, None), depth - 1)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is dense, and of one shape."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def all_tensors_in(value: Any) -> list[Tensor]:

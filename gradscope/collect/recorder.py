@@ -48,6 +48,7 @@ __all__ = ["Recorder"]
 BACKWARDS_BEFORE_QUESTION: Final = 50
 #: Stands for the backward pass of a step of which only the optimizer was seen.
 _NO_BACKWARD: Final = -2
+_CALL: Final = nn.Module._wrapped_call_impl.__code__
 _CHANGED: Final = "not supported: the model was changed in the middle of a step"
 
 
@@ -189,14 +190,14 @@ class Recorder:
 
     def guarded(self, site: int, function: Callable[..., Any], *args: Any) -> Any:
         """Call a handler; an error in it is counted and warned of once, never raised."""
+        if probes.dispatch_modes() or probes.function_modes():
+            with probes.unseen():  # in which there are none
+                return self.guarded(site, function, *args)
         # Handlers run without grad; what the user's code runs under is what they ask. What the context
         # managers would do is done by hand: this is the one place that every hook goes through.
         mode = self._here.grad_mode = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            if probes.dispatch_modes():
-                with probes.unseen():
-                    return function(*args)
             return function(*args)
         except Exception as error:
             slot = next((a for a in args if isinstance(a, Slot)), None)
@@ -225,6 +226,9 @@ class Recorder:
         if probes.backward_id() != -1 or probes.in_transform():
             return
         last = self._step.newest
+        if last is not None and last.root_open and last.mine and self._calls_itself():
+            last.within += 1  # what it calls is called by this forward
+            return
         if last is not None and last.root_open and (last.mine or self._grad_mode):
             # The last forward never came to its end: an exception. Half a record is no record.
             self._step.forget([last])
@@ -247,6 +251,19 @@ class Recorder:
                 p.error = f"error: mask: {error}"
             self._mask_seen = self._mask_seen or p.valid is not None
             self._sampler.masked = p.valid is None
+
+    def _calls_itself(self) -> bool:
+        """Whether the forward that begins is called by another one of the model that still runs.
+
+        One that is open and does not run was cut off by Ctrl-C, which torch's hooks are not told of.
+        """
+        model, running = self._model(), 0
+        frame = sys._getframe()
+        while frame is not None:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is model:
+                running += 1
+            frame = frame.f_back
+        return running > 1
 
     def _begin_pass(self, *, root: bool = False) -> None:
         if (
@@ -300,7 +317,12 @@ class Recorder:
         p = self._step.newest
         if p is None or not p.root_open or not p.mine:
             return
-        if probes.backward_id() != -1 or not self._grad_mode:
+        if probes.backward_id() != -1 or probes.in_transform():
+            return
+        if p.within:
+            p.within -= 1
+            return
+        if not self._grad_mode:
             return
         if output is None and sys.exc_info()[1] is not None:
             self._step.forget([p])  # the forward raised: half a record is no record
@@ -366,6 +388,10 @@ class Recorder:
     def on_gradient(self, slot: Slot, grad: Tensor) -> None:
         """The gradient with respect to a sampled tensor has come."""
         p = slot.owner
+        if probes.batched(grad):
+            if slot.gradient is None:
+                slot.error = "not supported: a backward pass under vmap"
+            return
         if p is None or not self.on_backward_start(p):
             return
         self.reached = True

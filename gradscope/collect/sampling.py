@@ -7,6 +7,7 @@ scalars, and lets go of the tensors. What it does hold, and for how long, is doc
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +29,7 @@ __all__ = ["Sampler"]
 _ACTIVATION_PAIR: Final = tuple(ACTIVATION.index(n) for n in PAIR)
 _GRADIENT_PAIR: Final = tuple(GRADIENT.index(n) for n in PAIR)
 _SLOW_PAIR: Final = tuple(ACTIVATION.index(n) for n in SLOW_PAIR)
+_NOT_PLAIN: Final = "not supported: a sparse or nested tensor"
 _BRANCH: Final = tuple(ACTIVATION.index(n) for n in BRANCH)
 
 
@@ -119,10 +121,10 @@ class Sampler:
     ) -> int | None:
         """The site, where the block's input is the stream position that is held."""
         source, held = probes.first_tensor(args, kwargs), state.held_activation
-        if source is None or held is None:
+        if source is None or held is None or not (probes.is_plain(source) and probes.is_plain(held[0])):
             return None
         same = source.shape == held[0].shape and source.data_ptr() == held[0].data_ptr()
-        return site if same and source._version == held[1] else None
+        return site if same and probes.version_of(source) == held[1] else None
 
     def output(
         self,
@@ -173,9 +175,11 @@ class Sampler:
             reason = "not sampled"
         elif state is None or held is None or block is None or state.reading != block:
             reason = "not supported: the input of its block is no watched stream position"
+        elif not (probes.is_plain(held[0]) and probes.is_plain(output)):
+            reason = _NOT_PLAIN
         elif held[0].shape != output.shape:
             reason = "not supported: other shape than the stream"
-        elif held[0]._version != held[1]:
+        elif probes.version_of(held[0]) != held[1]:
             reason = "not supported: modified in place"
         else:
             axes = self._axes(slot, output)
@@ -225,8 +229,12 @@ class Sampler:
     def _sample(self, site: int, tensor: Tensor, p: Pass, state: TrunkPass | None) -> Slot:
         """Measure a tensor now and put a hook on it for its gradient."""
         layer = self._layers[site]
+        if not probes.is_plain(tensor):
+            nothing = dict.fromkeys(range(len(ACTIVATION)), _NOT_PLAIN)
+            return Slot(site, [math.nan] * len(ACTIVATION), nothing, owner=p, error=_NOT_PLAIN)
         known = p.aliases.get(id(tensor))
-        if state is None and known is not None and known[0]() is tensor and known[1] == tensor._version:
+        version = probes.version_of(tensor)
+        if state is None and known is not None and known[0]() is tensor and known[1] == version:
             # Not for a branch that hands a stream position on: both have relations of their own.
             if layer.branch is None or not known[2].stream:
                 return known[2]
@@ -249,7 +257,7 @@ class Sampler:
         slot = Slot(site, values, absent, stream=state is not None, trunk=state, owner=p)
         if tensor.requires_grad:
             self._hook(tensor, slot)
-        p.aliases[id(tensor)] = (weakref.ref(tensor), tensor._version, slot)
+        p.aliases[id(tensor)] = (weakref.ref(tensor), version, slot)
         return slot
 
     def _hook(self, tensor: Tensor, slot: Slot) -> None:
@@ -259,11 +267,17 @@ class Sampler:
         probe = probes.GradientProbe(recorder, slot, tensor.shape)
         if slot.owner is not None and not slot.owner.root_open:
             slot.owner.graph.append(weakref.ref(probe))
-        base = tensor._base if slot.site in self._linear else None
-        if base is not None and base.numel() == tensor.numel() and base.requires_grad:
-            # On [batch, tokens, features] a Linear returns a view of a tensor that nobody else has. An
-            # in-place operation on a view (a ReLU) leaves its graph node behind, but not its base's.
-            tensor = base
+        base = tensor._base
+        if base is not None:
+            linear = slot.site in self._linear and base.requires_grad
+            if linear and base.numel() == tensor.numel():
+                # On [batch, tokens, features] a Linear returns a view of a tensor that nobody else has.
+                # An in-place operation on a view (a ReLU) leaves its graph node behind, but not its
+                # base's.
+                tensor = base
+            elif type(tensor) is Tensor and slot.owner is not None:
+                slot.writes = probes.writes_of(tensor)
+                slot.owner.views.append(slot)
         handle = probes.put_on(tensor, probe)
         if tensor.is_leaf:
             slot.handles = (*slot.handles, handle)  # a leaf outlives its graph, and its hook would too
@@ -284,9 +298,11 @@ class Sampler:
             columns = _ACTIVATION_PAIR + (_SLOW_PAIR if self.slow else ())
             for column in columns:
                 del earlier.absent[column]
-            if before.shape != tensor.shape:
+            if not (probes.is_plain(before) and probes.is_plain(tensor)):
+                earlier.absent.update(dict.fromkeys(columns, _NOT_PLAIN))
+            elif before.shape != tensor.shape:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: the width changes"))
-            elif before._version != version:
+            elif probes.version_of(before) != version:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: modified in place"))
             else:
                 dot, difference = _ACTIVATION_PAIR
@@ -296,7 +312,7 @@ class Sampler:
                     axes = self._axes(slot, tensor)
                     self._put(earlier, statistics.measure_pair(before, tensor, self._wanted, **axes))
         state.calls.append(call)
-        state.held_activation = (tensor.detach(), tensor._version, slot)
+        state.held_activation = (tensor.detach(), probes.version_of(tensor), slot)
         if self.slow:
             self._prove(call, graph.edge_of(tensor), previous, source, state)
         elif previous is not None:
@@ -361,6 +377,9 @@ class Sampler:
         slot.gradient_absent = absent
         state = slot.trunk
         if not slot.stream or state is None:
+            return
+        if slot.written:
+            state.held_gradient = None  # nothing is related to what is a part of a gradient
             return
         held, state.held_gradient = state.held_gradient, (grad.detach(), grad._version, slot)
         if slot.successor is None:

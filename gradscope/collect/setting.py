@@ -90,6 +90,18 @@ def compiled_sites(model: nn.Module, layers: Sequence[Layer]) -> frozenset[int]:
     return frozenset(s for s, layer in enumerate(layers) if id(modules[layer.name]) in inside)
 
 
+def scripted_sites(modules: Sequence[nn.Module]) -> frozenset[int]:
+    """Which of the modules are TorchScript's, which take no hooks."""
+    return frozenset(s for s, module in enumerate(modules) if is_scripted(module))
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether it is a module of TorchScript's; a traced model is none, what is in it is."""
+    return isinstance(module, torch.jit.ScriptModule) and not isinstance(
+        module, torch.jit.TopLevelTracedModule
+    )
+
+
 def linear_sites(modules: Sequence[nn.Module]) -> frozenset[int]:
     """Which of the modules have an output that is an `nn.Linear`'s."""
     return frozenset(s for s, module in enumerate(modules) if _ends_linear(module))
@@ -98,7 +110,7 @@ def linear_sites(modules: Sequence[nn.Module]) -> frozenset[int]:
 def _ends_linear(module: nn.Module) -> bool:
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
-    return type(module).forward is nn.Linear.forward
+    return getattr(type(module), "forward", None) is nn.Linear.forward  # a scripted class has none
 
 
 def device_of(model: nn.Module) -> torch.device:

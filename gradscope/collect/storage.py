@@ -51,6 +51,8 @@ class Storage:
         self._max_bytes = max_bytes
         self._voice = voice
         self._denominator_varies = False
+        # A process that is forked off has the watch and the open file, too.
+        self._process = os.getpid()
 
     @property
     def first_step(self) -> int:
@@ -67,7 +69,7 @@ class Storage:
                 break
             self.steps = kept
             self._bytes = sum(s.nbytes for s in kept)
-        if self.writer is not None:
+        if self.writer is not None and os.getpid() == self._process:
             self.writer.write(step)
 
     def note_denominator(self, denominator: float) -> None:

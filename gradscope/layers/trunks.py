@@ -126,7 +126,7 @@ def _children(layers: dict[str, nn.Module], name: str) -> dict[str, nn.Module]:
     # Through the clean names, so that a wrapped child is seen as its content.
     module = layers[name]
     found = {}
-    for child in module._modules:
+    for child in module._modules.keys():  # of a scripted module, no dictionary
         content = layers.get(_join(name, child))
         if content is not None:
             found[child] = content
@@ -190,7 +190,7 @@ def _block_lists(layers: dict[str, nn.Module], least: int = 2) -> Iterator[_Cand
         numbered = {n: m for n, m in children.items() if n.isdigit()}
         groups: dict[str, dict[str, nn.Module]] = {}
         # A block that several entries share (universal nets) is one module, called that often.
-        shared = sum(n.isdigit() for n in layers[name]._modules) >= 2 > len(numbered) > 0
+        shared = sum(n.isdigit() for n in layers[name]._modules.keys()) >= 2 > len(numbered) > 0
         if len(numbered) >= least or shared:
             groups[name] = numbered
         else:

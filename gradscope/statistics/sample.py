@@ -81,6 +81,8 @@ class Sample:
         """The sample of any tensor and of the mask [batch, tokens], or why there is none."""
         if x.is_complex():
             return Absent("not supported: complex values")
+        if x.layout is not torch.strided or x.is_nested:
+            return Absent("not supported: a sparse or nested tensor")
         x = x.detach()
         if x.dtype not in WIDE:
             x = x.float()

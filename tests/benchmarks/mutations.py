@@ -1,10 +1,15 @@
 """Breaks the collector on purpose, one line at a time, and shows which tests notice.
 
-    python tests/benchmarks/mutations.py [--only NAME] [--all]
+    python tests/benchmarks/mutations.py [--group GROUP] [--only NAME] [--all]
 
-Each mutation is made in a copy of the package in a temporary folder; the hard-case tests run there and
-must go red. A mutation that no test notices is printed as SURVIVED, and the exit status is 1. Without
-``--all`` the tests of a mutation stop at the first that is red.
+``mutations/GROUP.txt`` holds the mutations of each group of tests, written like a patch: the name and the
+file in the package, the lines that stand there exactly once, and those that stand there instead.
+
+Each mutation is made in a copy of the package in a temporary folder, and tests run there, which must go
+red. By default the hard-case tests of its group stop at the first that does. With ``--all`` every test
+of the suite must be seen red once: a mutation runs those that none before it has turned red, and the
+others only where none of these notices it. A mutation that no test notices is printed as SURVIVED, a
+test that none turns red as NEVER RED; the exit status is 1 where there is either.
 """
 
 from __future__ import annotations
@@ -16,220 +21,116 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
-TESTS: Final = (
-    "test_training_loops.py",
-    "test_backward_passes.py",
-    "test_gradient_scaling.py",
-    "test_trouble.py",
-    "test_hard_surgery.py",
-    "test_hard_modules.py",
-    "test_hard_threads.py",
-    "test_hard_memory.py",
-    "test_odd_models.py",
-    "test_lifetime.py",
-    "test_statistics.py",
-)
+#: The hard-case suite, in groups: a mutation is of the group whose tests can notice it.
+TESTS: Final = {
+    "eager": (
+        "test_training_loops.py",
+        "test_backward_passes.py",
+        "test_gradient_scaling.py",
+        "test_trouble.py",
+        "test_hard_adapters.py",
+        "test_hard_surgery.py",
+        "test_hard_modules.py",
+        "test_hard_tensors.py",
+        "test_hard_calls.py",
+        "test_hard_threads.py",
+        "test_odd_models.py",
+        "test_hard_properties.py",
+        "test_hard_memory.py",
+        "test_lifetime.py",
+    ),
+    "compiled": ("test_compile.py",),
+    "ranks": ("test_ranks.py", "test_ranks_loops.py", "test_ranks_trouble.py"),
+}
+#: A mutation that makes a test hang is noticed, too; the tests after it are not run.
+SECONDS: Final = 420
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One line of the package, broken.
+    """Lines of the package, broken.
 
     Attributes:
+        group: the tests that can notice it.
         name: what is broken.
         file: where, relative to the package.
-        old: the text that is there, exactly once.
+        old: the lines that are there, exactly once.
         new: what stands there instead.
     """
 
+    group: str
     name: str
     file: str
     old: str
     new: str
 
+    def applied_to(self, text: str) -> str:
+        """The file's text with the mutation."""
+        if text.count(self.old) != 1:
+            raise SystemExit(f"{self.name}: its lines are {text.count(self.old)} times in {self.file}")
+        return text.replace(self.old, self.new)
 
-MUTATIONS: Final = (
-    Mutation("calls not counted", "collect/sampling.py", "p.counts[site] = call.index + 1", "pass"),
-    Mutation(
-        "recomputation recorded again",
-        "collect/recorder.py",
-        "                self._sampler.recomputed(mine[0], site, output)\n",
-        "                self._sampler.output(mine[0], site, args, kwargs, output, grad_mode=True)\n",
-    ),
-    Mutation(
-        "re-entrant recomputation ignored",
-        "collect/recorder.py",
-        "                self._sampler.recomputed(mine[0], site, output)\n",
-        "                pass\n",
-    ),
-    Mutation(
-        "a second backward pass not noticed",
-        "collect/sampling.py",
-        "slot.repeated = slot.repeated or slot.backward != backward",
-        "pass",
-    ),
-    Mutation(
-        "evaluations recorded",
-        "collect/recorder.py",
-        "        if not self._grad_mode:\n            return  # an evaluation: not of any step\n",
-        "",
-    ),
-    Mutation(
-        "half a forward kept after an exception",
-        "collect/open_step.py",
-        "self.forget([p for p in self.passes if p.begun and not p.complete])",
-        "pass",
-    ),
-    Mutation(
-        "abandoned forwards kept",
-        "collect/open_step.py",
-        "if not p.begun and p.graph and not any(r() for r in p.graph)])",
-        "if False])",
-    ),
-    Mutation(
-        "only the last micro-batch",
-        "collect/open_step.py",
-        "return accumulated or complete or ([] if with_gradient else passes)",
-        "return (accumulated or complete or ([] if with_gradient else passes))[-1:]",
-    ),
-    Mutation(
-        "saliency maps counted as training",
-        "collect/open_step.py",
-        "return accumulated or complete or ([] if with_gradient else passes)",
-        "return complete or ([] if with_gradient else passes)",
-    ),
-    Mutation(
-        "gradients thrown away are kept",
-        "collect/recorder.py",
-        "        elif self._accumulation.cleared():",
-        "        elif False:",
-    ),
-    Mutation(
-        "scale not divided out of gradients",
-        "collect/recorder.py",
-        "        if scale is not None:\n            p.scale = scale\n",
-        "",
-    ),
-    Mutation(
-        "second moments divided by the scale once",
-        "collect/assembly.py",
-        "float(v) / by / by if power == 2",
-        "float(v) / by if power == 2",
-    ),
-    Mutation(
-        "an overflow is a step like any other",
-        "collect/assembly.py",
-        "        if skipped:",
-        "        if False:",
-    ),
-    Mutation(
-        "another thread's scale taken",
-        "collect/scaling.py",
-        "for scale, thread in self._running.values() if thread == me)",
-        "for scale, thread in self._running.values())",
-    ),
-    Mutation(
-        "forwards of another thread recorded",
-        "collect/recorder.py",
-        "return p.mine if p is not None and p.root_open else self._grad_mode",
-        "return self._grad_mode or (p is not None and p.root_open)",
-    ),
-    Mutation(
-        "replaced layers not looked for",
-        "collect/structure.py",
-        "    def changed(self) -> bool:\n",
-        "    def changed(self) -> bool:\n        return False\n",
-    ),
-    Mutation(
-        "a change within a step not marked",
-        "collect/recorder.py",
-        "self._step.newest.error = _CHANGED",
-        "pass",
-    ),
-    Mutation(
-        "sparse gradients not coalesced",
-        "statistics/moments.py",
-        "t = t.coalesce().values()",
-        "t = t._values()",
-    ),
-    Mutation(
-        "imaginary parts dropped",
-        "statistics/moments.py",
-        "return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t",
-        "return t.real if t.is_complex() else t",
-    ),
-    Mutation(
-        "an optimizer inside the backward pass not seen in time",
-        "collect/optimizers.py",
-        "            self._early[i] = {",
-        "            self._late = {",
-    ),
-    Mutation(
-        "the optimizer's other model ends the step",
-        "collect/optimizers.py",
-        "if i is not None and entries[i].tensor() is parameter:",
-        "if i is None or entries[i].tensor() is parameter:",
-    ),
-    Mutation(
-        "frozen parameters called unreached",
-        "collect/parameters.py",
-        'readings.absent[i] = "frozen"',
-        'readings.absent[i] = "no gradient path"',
-    ),
-    Mutation(
-        "hooks left on leaves",
-        "collect/passes.py",
-        "                    handle.remove()\n",
-        "                    pass\n",
-    ),
-    Mutation(
-        "hooks left behind by close",
-        "collect/attachment.py",
-        "        handle.remove()\n",
-        "        pass\n",
-    ),
-    Mutation(
-        "dead outputs have gradient zero",
-        "collect/assembly.py",
-        'else "no gradient path"\n',
-        'else ""\n',
-    ),
-    Mutation(
-        "in-place change of a Linear's view not followed",
-        "collect/sampling.py",
-        "base = tensor._base if slot.site in self._linear else None",
-        "base = None",
-    ),
-    Mutation(
-        "half precision squared in half precision",
-        "statistics/sample.py",
-        "            x = x.float()\n",
-        "            x = (x * x).float().sqrt()\n",
-    ),
-)
+
+def read_mutations() -> list[Mutation]:
+    """All mutations, each of which has its lines in the package as it is."""
+    found: list[Mutation] = []
+    for group in TESTS:
+        text = (Path(__file__).parent / "mutations" / f"{group}.txt").read_text(encoding="utf-8")
+        for entry in text.split("\n# "):
+            head, *lines = entry.removeprefix("# ").splitlines()
+            name, file = head.split(": ")
+            old, new = ("".join(x[1:] + "\n" for x in lines if x[:1] == sign) for sign in "-+")
+            found.append(Mutation(group, name, file, old, new))
+            found[-1].applied_to((ROOT / "gradscope" / file).read_text(encoding="utf-8"))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="mutations whose name holds this")
-    parser.add_argument("--all", action="store_true", help="name every test that goes red")
+    parser.add_argument("--group", choices=TESTS, help="mutations and tests of this group only")
+    parser.add_argument("--all", action="store_true", help="until every test has been seen red")
     arguments = parser.parse_args()
+    chosen = [m for m in read_mutations() if arguments.only in m.name]
+    chosen = [m for m in chosen if arguments.group in (None, m.group)]
+    groups = dict.fromkeys(m.group for m in chosen)
+    unseen = {group: _green_tests(group) for group in groups} if arguments.all else {}
     survived = 0
-    for mutation in MUTATIONS:
-        if arguments.only in mutation.name:
-            red = tests_that_notice(mutation, everything=arguments.all)
-            survived += not red
-            print(f"{mutation.name:60}  {', '.join(red) or 'SURVIVED'}", flush=True)
-    sys.exit(survived > 0)
+    for mutation in chosen:
+        files = [f"tests/{name}" for name in TESTS[mutation.group]]
+        waiting = unseen.get(mutation.group, [])
+        red = _red(mutation, waiting) if waiting else []
+        red = red or _red(mutation, files, stop=True)
+        if arguments.all:
+            unseen[mutation.group] = [test for test in waiting if test not in red]
+        survived += not red
+        names = ", ".join(test.split("::")[-1] for test in red)
+        print(f"{mutation.group:9} {mutation.name:50}  {names or 'SURVIVED'}", flush=True)
+    never = [test for tests in unseen.values() for test in tests]
+    for test in never:
+        print(f"NEVER RED  {test}")
+    if arguments.all:
+        print(f"{len(chosen)} mutations, {survived} survived; {len(never)} tests were never red")
+    sys.exit(survived > 0 or len(never) > 0)
 
 
-def tests_that_notice(mutation: Mutation, *, everything: bool) -> list[str]:
-    """The names of the tests that are red with the mutation."""
+def _green_tests(group: str) -> list[str]:
+    """The tests of a group, all of which pass on the package as it is."""
+    green, red = _run(ROOT, [f"tests/{name}" for name in TESTS[group]])
+    if red:
+        raise SystemExit(f"red without any mutation: {', '.join(red)}")
+    print(f"{len(green)} tests of {group!r} are green without a mutation", flush=True)
+    return green
+
+
+def _red(mutation: Mutation, tests: Sequence[str], *, stop: bool = False) -> list[str]:
+    """Those of the tests that are red with the mutation; the first one only where told to stop there."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for part in ("gradscope", "tests"):
@@ -237,27 +138,31 @@ def tests_that_notice(mutation: Mutation, *, everything: bool) -> list[str]:
             shutil.copytree(ROOT / part, copy / part, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", copy)
         target = copy / "gradscope" / mutation.file
-        text = target.read_text(encoding="utf-8")
-        if text.count(mutation.old) != 1:
-            raise SystemExit(
-                f"{mutation.name}: its line is {text.count(mutation.old)} times in {target.name}"
+        broken = mutation.applied_to(target.read_text(encoding="utf-8"))
+        target.write_text(broken, encoding="utf-8")
+        return _run(copy, tests, *(["-x"] if stop else []))[1]
+
+
+def _run(folder: Path, tests: Sequence[str], *options: str) -> tuple[list[str], list[str]]:
+    """Tests that are green, and tests that are red."""
+    command = [sys.executable, "-m", "pytest", "-v", "-n0", "--tb=no", "-p", "no:cacheprovider", *options]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "CI": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        try:
+            done = subprocess.run(
+                [*command, *tests], cwd=folder, env=environment, stdout=said, timeout=SECONDS, check=False
             )
-        target.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "--tb=no", "-p", "no:cacheprovider"]
-        command += [] if everything else ["-x"]
-        done = subprocess.run(
-            [*command, *(f"tests/{name}" for name in TESTS)],
-            cwd=copy,
-            env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode not in (0, 1):
-            raise SystemExit(
-                f"{mutation.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}"
-            )
-        return re.findall(r"^(?:FAILED|ERROR) \S+::(\S+)", done.stdout, re.MULTILINE)
+            code = done.returncode
+        except subprocess.TimeoutExpired:
+            code = 1
+        said.seek(0)
+        text = said.read()
+    if code not in (0, 1):
+        raise SystemExit(f"pytest ended with {code}\n{text[-2000:]}")
+    found = re.findall(r"^(tests/\S+?::.*?) (PASSED|FAILED|ERROR)\b", text, re.MULTILINE)
+    red = dict.fromkeys(test for test, word in found if word != "PASSED")
+    green = [test for test, word in found if word == "PASSED" and test not in red]
+    return green, list(red)
 
 
 if __name__ == "__main__":
