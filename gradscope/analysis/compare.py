@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from gradscope.analysis.arguments import as_record, check_coverage
 from gradscope.analysis.comparison import Comparison, Departure
 from gradscope.analysis.matching import Feature, Pair, pairs_of, trunks_of
+from gradscope.analysis.renaming import parameters_of_both
 from gradscope.errors import QuantityError
 from gradscope.record import Record
 
@@ -117,6 +118,10 @@ def compare(
             added |= dict.fromkeys(pair.added)
             removed |= dict.fromkeys(pair.removed)
         pairs += found
+    named = parameters_of_both(*sides, renamed)
+    renamed |= named.renamed
+    added |= dict.fromkeys(_outside(named.added, added))
+    removed |= dict.fromkeys(_outside(named.removed, removed))
     if not pairs:
         raise QuantityError("the two Records hold no quantity over depth that both have.")
     departures, features, left_out, seen = _departures(
@@ -190,6 +195,11 @@ def _departures(
     resolution = tuple((name, float(np.median(values))) for name, values in sizes.items())
     order = _by_size if method == "replicates" else _by_pass
     return tuple(sorted(found, key=order)), len(tested), left_out, resolution
+
+
+def _outside(parameters: list[str], layers: Iterable[str]) -> list[str]:
+    """Those that lie in none of the layers."""
+    return [name for name in parameters if not any(name.startswith(f"{layer}.") for layer in layers)]
 
 
 def _same_seeds(run: Record, base: Record) -> bool:

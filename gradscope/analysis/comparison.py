@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from gradscope.analysis.renaming import renames
 from gradscope.analysis.wording import WIDTH, aligned, and_more, escaped, markdown_table, wrapped
 
 __all__ = ["Comparison", "Departure"]
@@ -75,9 +76,9 @@ class Comparison:
         features: how many numbers were compared, over all steps.
         departures: what departs: the first step first, and there the first layer first.
         blocks: (blocks that depart at the first such step, blocks of their trunks).
-        renamed: (name in the baseline, name in the record) of layers that stand at the same depth.
-        added: layers of the record only.
-        removed: layers of the baseline only.
+        renamed: (name in the baseline, name in the record) of layers and parameters at the same depth.
+        added: layers and parameters of the record only.
+        removed: layers and parameters of the baseline only.
         resolution: (quantity, nats): the smallest change that would have been seen, median over layers:
             the tolerance or, with replicates, what reaches significance, if that is larger.
         notes: what to know when reading this.
@@ -127,9 +128,7 @@ class Comparison:
     def _changes_of_layers(self) -> list[str]:
         lines: list[str] = []
         if self.renamed:
-            pairs = ", ".join(f"{old} → {new}" for old, new in self.renamed[:4])
-            more = f" and {len(self.renamed) - 4} more" if len(self.renamed) > 4 else ""
-            lines.append(f"renamed, matched by depth: {pairs}{more}")
+            lines.append(f"renamed, matched by depth: {renames(self.renamed)}")
         for what, names in (("added", self.added), ("removed", self.removed)):
             if names:
                 more = f" and {len(names) - 8} more" if len(names) > 8 else ""

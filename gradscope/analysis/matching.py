@@ -202,7 +202,8 @@ def _flow_at(flow: Pair | None, depths: Floats) -> tuple[_Side, _Side] | None:
 def _matched(run: History, base: History) -> tuple[Indices, dict[str, str], list[str], list[str]]:
     """[P, 2] indices of the same positions; old → new names; layers of one side only.
 
-    By name and call; equally many at the same depths are matched by depth, whatever their names.
+    By name and call; what is left on both sides by depth. Equally many at the same depths are matched by
+    depth, whatever their names.
     """
     keys = [_with_calls(side.layers) for side in (run, base)]
     if len(keys[0]) == len(keys[1]) and np.array_equal(run.depth, base.depth):
@@ -210,11 +211,17 @@ def _matched(run: History, base: History) -> tuple[Indices, dict[str, str], list
         index = np.arange(len(keys[0]))
         return np.stack([index, index], axis=1), renamed, [], []
     place = {key: i for i, key in enumerate(keys[1])}
-    at = [(i, place[key]) for i, key in enumerate(keys[0]) if key in place]
-    common = {keys[0][i] for i, _ in at}
-    added = [key[0] for key in keys[0] if key not in common]
-    removed = [key[0] for key in keys[1] if key not in common]
-    return np.asarray(at, dtype=np.int64).reshape(-1, 2), {}, added, removed
+    at = {i: place[key] for i, key in enumerate(keys[0]) if key in place}
+    free = [i for i in range(len(keys[1])) if i not in set(at.values())]
+    by_depth = {float(base.depth[i]): i for i in free}
+    renamed: dict[str, str] = {}
+    for i in range(len(keys[0])):
+        if i not in at and float(run.depth[i]) in by_depth:
+            at[i] = by_depth.pop(float(run.depth[i]))
+            renamed[base.layers[at[i]]] = run.layers[i]
+    added = [key[0] for i, key in enumerate(keys[0]) if i not in at]
+    removed = [key[0] for i, key in enumerate(keys[1]) if i not in set(at.values())]
+    return np.asarray(sorted(at.items()), dtype=np.int64).reshape(-1, 2), renamed, added, removed
 
 
 def _with_calls(names: tuple[str, ...]) -> list[tuple[str, int]]:

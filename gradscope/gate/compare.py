@@ -15,6 +15,7 @@ from gradscope.analysis.gate.features import Feature
 from gradscope.analysis.gate.moderated import Moments, Tested
 from gradscope.analysis.gate.tolerance import Tolerance
 from gradscope.gate.baseline import Baseline, Expected
+from gradscope.gate.facts import SAME_CHECKSUM, same_values
 from gradscope.gate.outcome import Change, Profile
 
 __all__ = ["SAME_SEEDS", "OtherSeeds", "first_unpaired", "floor_of", "profiles", "same_seeds"]
@@ -25,8 +26,6 @@ Mask = npt.NDArray[np.bool_]
 #: Nats: with the same seeds a mean change above this fails. Threads change 1e-7, processors 4e-7,
 #: bfloat16 instead of float32 6e-3.
 SAME_SEEDS: Final = 0.02
-#: Two checksums within this are of the same tensor.
-_SAME_CHECKSUM: Final = 0.01
 _COARSE: Final = 1e-2
 _FINE: Final = 1e-4
 
@@ -44,9 +43,8 @@ def first_unpaired(baseline: Baseline, run: Baseline) -> str:
         new = run.parameters.get(name)
         if new is None or (old.constant and new.constant):
             continue
-        for a, b in zip(old.checksum, new.checksum, strict=False):
-            if not (abs(a - b) < _SAME_CHECKSUM or (math.isnan(a) and math.isnan(b))):
-                return name
+        if not same_values(old, new):
+            return name
     return ""
 
 
@@ -135,7 +133,7 @@ def _at(name: str, baseline: Baseline, place: Place) -> Place:
 
 def _differ(old: Sequence[float], new: Sequence[float]) -> bool:
     pairs = [(a, b) for a, b in zip(old, new, strict=False) if not math.isnan(a)]
-    return any(not abs(a - b) <= _SAME_CHECKSUM for a, b in pairs)
+    return any(not abs(a - b) <= SAME_CHECKSUM for a, b in pairs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,11 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from gradscope.analysis.renaming import paired_off
 from gradscope.gate.baseline import Baseline, ParameterRow
 from gradscope.gate.outcome import Change
 
-__all__ = ["Matched", "block_of", "first_of", "match", "other_subject", "wrong_facts"]
+__all__ = [
+    "SAME_CHECKSUM",
+    "Matched",
+    "block_of",
+    "first_of",
+    "match",
+    "other_subject",
+    "same_values",
+    "wrong_facts",
+]
 
+#: Two checksums within this are of the same tensor.
+SAME_CHECKSUM: Final = 0.01
 #: Nats by which loss and gradient may miss the factor between a sum and a mean, over seeds.
 _REDUCTION_WITHIN: Final = 0.1
 
@@ -35,31 +47,50 @@ class Matched:
 
 
 def match(baseline: Baseline, run: Baseline) -> Matched:
-    """Give the run's layers the baseline's names: blocks by their order, parameters by shape and order.
+    """Give the run's layers the baseline's names: blocks by their order, parameters by what they are.
 
-    A parameter is taken for one that was renamed if it lies in the same block, has the same shape and the
-    same last word (``weight``), and its own name is new.
+    A parameter whose name is new is taken for one of the same block and shape that is gone: for the one
+    with the same values, else with the same last word (``weight``), else of the same module.
     """
+    lost_blocks = [b for b in baseline.blocks if b not in run.blocks]
+    fresh_blocks = [b for b in run.blocks if b not in baseline.blocks]
     new_name: dict[str, str] = {}
-    if len(baseline.blocks) == len(run.blocks):
-        new_name = {r: b for b, r in zip(baseline.blocks, run.blocks, strict=True) if b != r}
+    if len(lost_blocks) == len(fresh_blocks):
+        new_name = dict(zip(fresh_blocks, lost_blocks, strict=True))
     own = {name: _moved(name, new_name) for name in run.parameters}
-    lost = [n for n in baseline.parameters if n not in set(own.values())]
-    fresh = [n for n in run.parameters if own[n] not in baseline.parameters]
-    for name in fresh:
-        parameter = run.parameters[name]
-        for candidate in lost:
-            if (
-                baseline.parameters[candidate].shape == parameter.shape
-                and candidate.rpartition(".")[2] == name.rpartition(".")[2]
-                and block_of(candidate, baseline.blocks) == block_of(own[name], baseline.blocks)
-            ):
-                own[name] = candidate
-                lost.remove(candidate)
-                break
-    added = tuple(n for n in fresh if own[n] not in baseline.parameters)
+    names = {moved: name for name, moved in own.items()}
+    lost = [n for n in baseline.parameters if n not in names]
+    fresh = [moved for moved in names if moved not in baseline.parameters]
+
+    def alike(old: str, new: str) -> bool:
+        return baseline.parameters[old].shape == run.parameters[names[new]].shape and block_of(
+            old, baseline.blocks
+        ) == block_of(new, baseline.blocks)
+
+    def equal(old: str, new: str) -> bool:
+        a, b = baseline.parameters[old], run.parameters[names[new]]
+        return alike(old, new) and not (a.constant or b.constant) and same_values(a, b)
+
+    pairs = paired_off(
+        lost,
+        fresh,
+        equal,
+        lambda old, new: alike(old, new) and old.rpartition(".")[2] == new.rpartition(".")[2],
+        lambda old, new: alike(old, new) and old.rpartition(".")[0] == new.rpartition(".")[0],
+    )
+    own |= {names[new]: old for new, old in pairs.items()}
+    added = tuple(names[n] for n in fresh if n not in pairs)
+    removed = tuple(n for n in lost if n not in pairs.values())
     renamed = {b: r for r, b in {**new_name, **own}.items() if b != r and r not in added}
-    return Matched(_renamed(run, {r: b for b, r in renamed.items()}), renamed, tuple(lost), added)
+    return Matched(_renamed(run, {r: b for b, r in renamed.items()}), renamed, removed, added)
+
+
+def same_values(a: ParameterRow, b: ParameterRow) -> bool:
+    """Whether two parameters start with the same values, as far as their checksums say."""
+    pairs = list(zip(a.checksum, b.checksum, strict=False))
+    return bool(pairs) and all(
+        abs(x - y) < SAME_CHECKSUM or (math.isnan(x) and math.isnan(y)) for x, y in pairs
+    )
 
 
 def _moved(name: str, blocks: Mapping[str, str]) -> str:
@@ -137,6 +168,15 @@ def other_subject(baseline: Baseline, run: Baseline) -> list[Change]:
                 obtained=run.fingerprint.get("blocks", str(len(run.blocks))),
             )
         )
+        for names, others, words in (
+            (baseline.blocks, run.blocks, ("a block", "removed")),
+            (run.blocks, baseline.blocks, ("–", "added")),
+        ):
+            found += [
+                Change(layer=name, feature="architecture", expected=words[0], obtained=words[1])
+                for name in names
+                if name not in others
+            ]
         return found
     for name, old in baseline.parameters.items():
         new = run.parameters.get(name)

@@ -13,6 +13,7 @@ from torch import nn
 from gradscope.analysis.gate.decision import FIRST_LOOK
 from gradscope.analysis.gate.moderated import Tested
 from gradscope.analysis.gate.tolerance import EFFECTIVE_DEPTH, Tolerance, parse_tolerance
+from gradscope.analysis.renaming import renames
 from gradscope.errors import GateError
 from gradscope.experiment.replicate import Replicate, Replicates
 from gradscope.gate.baseline import Baseline
@@ -281,9 +282,7 @@ class _Check:
     def _notes(self, matched: Matched) -> list[str]:
         notes: list[str] = []
         if matched.renamed:
-            pairs = [f"{old} → {new}" for old, new in matched.renamed.items()]
-            more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
-            notes.append(f"renamed: {', '.join(pairs[:4])}{more}")
+            notes.append(f"renamed: {renames(matched.renamed.items())}")
         old, new = self.baseline.fingerprint, matched.run.fingerprint
         for what in ("torch", "device", "dtype", "model"):
             if old.get(what) != new.get(what):
