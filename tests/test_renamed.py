@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import pytest
 import torch
@@ -24,11 +25,16 @@ class Block(nn.Module):
         setattr(self, names["norm"], nn.LayerNorm(12))
         setattr(self, names["up"], nn.Linear(12, 12))
         setattr(self, names["down"], nn.Linear(12, 12, bias=extra != "no bias"))
-        self.register_parameter(names["gain"], nn.Parameter(torch.randn(12)))
+        owner, _, gain = names["gain"].rpartition(".")
+        holder = self
+        if owner:
+            holder = nn.Module()
+            self.add_module(owner, holder)
+        holder.register_parameter(gain, nn.Parameter(torch.randn(12)))
         self.extra = nn.LayerNorm(12) if extra == "norm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        part = {key: getattr(self, name) for key, name in self.names.items() if hasattr(self, name)}
+        part = {key: attrgetter(self.names[key])(self) for key in ("norm", "up", "down", "gain")}
         y = part["down"](torch.tanh(part["up"](part["norm"](x)))) * part["gain"]
         return x + (y if self.extra is None else self.extra(y))
 
@@ -103,6 +109,12 @@ def test_a_change_under_a_new_name_is_found(baseline, renamed, says) -> None:
     outcome = gate.check(baseline, make, X, loss)
     assert outcome.failed and outcome.where == f"blocks.{BLOCK}", outcome
     assert f"blocks.{BLOCK}.down.weight" in outcome.layers
+
+
+def test_the_same_values_are_the_same_parameter_under_any_name(baseline) -> None:
+    outcome = gate.check(baseline, maker(gain="scale.value"), X, loss)
+    assert (outcome.status, outcome.tier) == ("passed", "same seeds"), outcome
+    assert "blocks.*.gain → blocks.*.scale.value" in " ".join(str(outcome).split())
 
 
 @pytest.mark.parametrize(
