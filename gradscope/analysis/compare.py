@@ -50,10 +50,10 @@ def compare(
 
     Compared at every step that both have, in natural logarithms: the root mean square of the activation
     (its level at the trunk's input, increments ln(h_{l+1}/h_l) above), increments of the gradient flow
-    r_l = ln(g_l/g_{l+1}), and every block's parameter gradient over the flow at its output,
-    ln‖∇W‖ − ln g. Gradients enter as ratios, which do not depend on the loss's denominator; the level of
-    the flow at the loss end is compared too where both Records know it. A number on one side only (0,
-    NaN, no gradient path) departs.
+    r_l = ln(g_l/g_{l+1}), and every block's parameter gradient over the gradient at its output,
+    ln‖∇W‖ − ln(√n ‖δ‖) with n positions. Gradients enter as ratios, which depend neither on the loss's
+    denominator nor on the batch size; the level of the flow at the loss end is compared too where both
+    Records know it. A number on one side only (0, NaN, no gradient path) departs.
 
     - One replicate on either side: a change above the tolerance departs. Of the same seed, so do changes
       of the largest activation over the root mean square, which see through a norm.

@@ -25,8 +25,8 @@ class Departure:
         depth: its stream depth l: block k ends at k + 1.
         quantity: what departs: ``activation``, ``peak`` (largest activation over its root mean square),
             ``flow`` (the gradient), ``parameter gradient``.
-        kind: ``increment`` (over the block that ends at ``depth``), ``level``, ``ratio`` (to the flow at
-            the block's output), or ``state`` (there is a number on one side only).
+        kind: ``increment`` (over the block that ends at ``depth``), ``level``, ``ratio`` (to the
+            gradient at the block's output), or ``state`` (there is a number on one side only).
         expected: in the baseline: nats, mean over replicates; a word for a state.
         obtained: in the record.
         change: obtained − expected in nats; NaN for a state.

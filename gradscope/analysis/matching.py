@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gradscope.analysis.history import History, history
+from gradscope.analysis.trunk import Trunk
 from gradscope.errors import QuantityError
 from gradscope.record import Record
 
@@ -70,7 +71,7 @@ class Pair:
         renamed: old → new names.
         added: layers of the record only.
         removed: layers of the baseline only.
-        flow: of parameter gradients: the flow at the same depths on both sides.
+        output: of parameter gradients: √n·‖δ‖₂ at the same depths on both sides, of n positions.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Pair:
     renamed: dict[str, str]
     added: list[str]
     removed: list[str]
-    flow: tuple[_Side, _Side] | None = None
+    output: tuple[_Side, _Side] | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -110,8 +111,8 @@ class Pair:
             for i in range(len(layers)):
                 yield one("level", i, run[:, i], base[:, i])
         elif self.name == "parameter gradient":
-            assert self.flow is not None
-            run, base = run - self.flow[0].rows(step)[0], base - self.flow[1].rows(step)[0]
+            assert self.output is not None
+            run, base = run - self.output[0].rows(step)[0], base - self.output[1].rows(step)[0]
             for i in range(len(layers)):
                 yield one("ratio", i, run[:, i], base[:, i])
         else:
@@ -179,12 +180,13 @@ def pairs_of(run: Record, base: Record, mine: str, theirs: str, *, with_peak: bo
             continue
         adjacent = np.all(np.diff(at, axis=0) == 1, axis=1)
         sides = _Side(both[0], at[:, 0]), _Side(both[1], at[:, 1])
-        flow = None
+        output = None
         if name == "parameter gradient":
-            flow = _flow_at(found.get("flow"), sides[0].history.depth[sides[0].at])
-            if flow is None:
+            at_output = _flow_at(found.get("flow"), sides[0].history.depth[sides[0].at])
+            if at_output is None:
                 continue
-        found[name] = Pair(name, mine, *sides, adjacent, renamed, added, removed, flow)
+            output = _raw(at_output[0], run), _raw(at_output[1], base)
+        found[name] = Pair(name, mine, *sides, adjacent, renamed, added, removed, output)
     return list(found.values())
 
 
@@ -197,6 +199,18 @@ def _flow_at(flow: Pair | None, depths: Floats) -> tuple[_Side, _Side] | None:
         return None
     at = [place[depth] for depth in depths.tolist()]
     return _Side(flow.run.history, flow.run.at[at]), _Side(flow.base.history, flow.base.at[at])
+
+
+def _raw(flow: _Side, record: Record) -> _Side:
+    """√n·‖δ‖₂ where the flow is N·‖δ‖₂/√n.
+
+    A parameter's gradient is a sum over the n positions, and is divided by the loss's denominator N like
+    δ is: over this, it depends neither on N nor on the size of the batch.
+    """
+    tokens = Trunk(record, flow.history.trunk).at_stream("output_grad", "tokens").value
+    denominator = record.header.get("loss_denominator")
+    value = flow.history.value * tokens / (1.0 if denominator is None else float(denominator))
+    return _Side(replace(flow.history, value=value), flow.at)
 
 
 def _matched(run: History, base: History) -> tuple[Indices, dict[str, str], list[str], list[str]]:

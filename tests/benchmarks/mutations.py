@@ -39,6 +39,7 @@ TESTS: Final = {
         "test_hard_modules.py",
         "test_hard_tensors.py",
         "test_hard_calls.py",
+        "test_hard_scale.py",
         "test_hard_threads.py",
         "test_odd_models.py",
         "test_hard_properties.py",
