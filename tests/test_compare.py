@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, special, stats
 from synthetic import flat_record, stream_step
 from torch import Tensor, nn
 
@@ -35,16 +36,37 @@ def flows(replicates: int, seed: int, *, planted: float = 0.0, spread: float = 0
     return np.exp(y)
 
 
-def test_one_increment_of_other_seeds_is_named_with_students_probability() -> None:
+def test_one_increment_of_other_seeds_is_named_with_a_moderated_probability() -> None:
+    """Smyth's t written out: the variance of the eight increments is drawn towards their mean."""
     run, base = flows(5, 1, planted=0.3), flows(4, 2)
     found = gradscope.compare(flat_record(run, header=header(0)), flat_record(base, header=header(100)))
     assert (found.method, found.same, found.features) == ("replicates", False, 9)  # 8 and the level
     assert found.first is not None
     assert (found.first.layer, found.first.depth, found.first.quantity) == ("h.5", 6.0, "flow")
-    r = [np.log(x[:, 5] / x[:, 6]) for x in (run, base)]
+    r = [np.log(x[:, :-1] / x[:, 1:]) for x in (run, base)]
+    squares = sum(((x - x.mean(axis=0)) ** 2).sum(axis=0) for x in r)
+    s2 = squares / 7  # 5 + 4 − 2 degrees of freedom
+    excess = np.var(np.log(s2), ddof=1) - special.polygamma(1, 7 / 2)
+    prior = 10.0
+    if excess > 0:
+        prior = min(10.0, 2 * optimize.brentq(lambda x: special.polygamma(1, x) - excess, 1e-3, 1e6))
+    spread = math.sqrt((prior * s2.mean() + 7 * s2[5]) / (prior + 7))
+    change = r[0][:, 5].mean() - r[1][:, 5].mean()
+    t = change / (spread * math.sqrt(1 / 5 + 1 / 4))
+    assert found.first.change == pytest.approx(change, rel=1e-9)
+    assert found.first.probability == pytest.approx(9 * 2 * stats.t.sf(t, 7 + prior), rel=1e-6)
+    assert len(found.departures) == 1
+
+
+def test_few_increments_lend_each_other_no_variance() -> None:
+    run, base = flows(5, 1, planted=0.3)[:, 4:8], flows(4, 2)[:, 4:8]
+    found = gradscope.compare(flat_record(run, header=header(0)), flat_record(base, header=header(100)))
+    assert found.first is not None
+    assert (found.first.layer, found.first.depth, found.first.quantity) == ("h.1", 2.0, "flow")
+    r = [np.log(x[:, 1] / x[:, 2]) for x in (run, base)]
     test = stats.ttest_ind(*r)
     assert found.first.change == pytest.approx(r[0].mean() - r[1].mean(), rel=1e-9)
-    assert found.first.probability == pytest.approx(9 * test.pvalue, rel=1e-6)
+    assert found.first.probability == pytest.approx(4 * test.pvalue, rel=1e-6)
     assert len(found.departures) == 1
 
 
@@ -132,6 +154,55 @@ def test_two_runs_depart_first_at_a_step_and_a_layer() -> None:
     assert gradscope.compare(run(0.019), run(0.0)).same
 
 
+FAULTS = ["scale", "no skip", "half the gradient", "detached", "frozen"]
+
+
+def trained(fault: str, variant: Literal["pre_norm", "post_norm"]) -> Record:
+    """Twelve steps of AdamW; before the seventh, something happens to the fourth block."""
+    torch.manual_seed(0)
+    model = reference.Transformer(variant, depth=6, width=32, heads=2, vocabulary=64, context=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    block = model.blocks[3]
+    assert isinstance(block, reference.Block)
+    broken = ""
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        if broken == "half the gradient":
+            return (output + output.detach()) / 2
+        return output.detach() if broken == "detached" else output
+
+    block.feed_forward.branch.register_forward_hook(hook)
+    data = torch.randint(64, (12, 4, 17), generator=torch.Generator().manual_seed(0))
+    with gradscope.watch(model) as scope:
+        for step, tokens in enumerate(data):
+            if step == 6:
+                broken = fault
+                if fault == "scale":
+                    with torch.no_grad():
+                        block.feed_forward.branch.function.expand.weight.mul_(1.5)  # type: ignore[union-attr]
+                if fault == "no skip":
+                    block.attention.skip = "none"
+                if fault == "frozen":
+                    block.requires_grad_(False)
+            reference.next_token_loss(model, (tokens[:, :-1], tokens[:, 1:])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return scope.record
+
+
+@pytest.mark.parametrize("variant", ["pre_norm", "post_norm"])
+def test_two_trainings_depart_where_and_when_one_was_broken(
+    variant: Literal["pre_norm", "post_norm"],
+) -> None:
+    base = trained("", variant)
+    assert gradscope.compare(trained("", variant), base).same
+    for fault in FAULTS:
+        found = gradscope.compare(trained(fault, variant), base)
+        assert found.first is not None
+        assert (found.first.step, found.first.layer) == (6, "blocks.3"), (fault, found)
+        assert "departs first in blocks.3" in found.summary and "at step 6" in found.summary
+
+
 def test_renamed_added_and_removed_layers_are_matched_and_reported() -> None:
     base = flat_record(flows(3, 2), header=header())
     renamed = flat_record(flows(3, 2), header=header(), trunk="layers")
@@ -182,35 +253,68 @@ def test_wrong_tolerances_are_refused() -> None:
         gradscope.compare(base, "run.jsonl")  # type: ignore[arg-type]
 
 
-def measured(change: str, seed: int, variant: str = "pre_norm") -> Record:
+def measured(change: str, seed: int, variant: Literal["pre_norm", "post_norm"] = "pre_norm") -> Record:
     def make() -> nn.Module:
-        model = reference.Transformer(variant, depth=8, width=32, heads=2)
+        activation = "tanh" if change == "tanh in all" else "gelu"
+        model = reference.Transformer(variant, depth=8, width=32, heads=2, activation=activation)
         block = model.blocks[5]
+        assert isinstance(block, reference.Block)
         if change == "init":
             with torch.no_grad():
                 for p in block.parameters():
                     p.mul_(1.3)
-        if change == "skip":
-            forward = block.forward
-            block.forward = lambda x: forward(x) - x  # type: ignore[method-assign]
+        if change == "no skip":
+            block.attention.skip = block.feed_forward.skip = "none"
+        if change == "half the gradient":
+            branch = block.feed_forward.branch
+            branch.register_forward_hook(lambda module, args, output: (output + output.detach()) / 2)
         return model
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return reference.next_token_loss(model, batch)
-
-    return gradscope.measure(make, BATCH, loss, 5, seed=seed)
+    return gradscope.measure(make, BATCH, reference.next_token_loss, 5, seed=seed)
 
 
 @pytest.mark.parametrize("seed", [0, 100])
-@pytest.mark.parametrize("change", ["init", "skip"])
-def test_a_planted_change_of_a_model_names_its_block(change: str, seed: int) -> None:
-    found = gradscope.compare(measured(change, seed), measured("", 0))
+@pytest.mark.parametrize("change", ["init", "no skip", "half the gradient"])
+@pytest.mark.parametrize("variant", ["pre_norm", "post_norm"])
+def test_a_planted_change_of_a_model_names_its_block(
+    variant: Literal["pre_norm", "post_norm"], change: str, seed: int
+) -> None:
+    found = gradscope.compare(measured(change, seed, variant), measured("", 0, variant))
     assert found.first is not None
     assert found.first.layer == "blocks.5"
+    assert "departs first in blocks.5" in found.summary, found
+
+
+def test_a_change_of_all_blocks_is_blamed_on_none() -> None:
+    found = gradscope.compare(measured("tanh in all", 0), measured("", 0))
+    assert found.wide and "8 of 8 blocks depart" in found.summary, found
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_the_trunk_that_runs_first_departs_first() -> None:
+    """The third block of the encoder, not the first of the decoder, which is less deep in its trunk."""
+
+    def make(scale: float = 1.0) -> nn.Module:
+        model = nn.Transformer(16, 2, 4, 4, 32, dropout=0.0, batch_first=True, norm_first=True)
+        with torch.no_grad():
+            for layer in (model.encoder.layers[2], model.decoder.layers[0]):
+                layer.linear1.weight.mul_(scale)  # type: ignore[union-attr]
+        return model
+
+    generator = torch.Generator().manual_seed(0)
+    batch = (torch.randn(2, 8, 16, generator=generator), torch.randn(2, 6, 16, generator=generator))
+
+    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return model(*pair).square().mean()
+
+    base = gradscope.measure(make, batch, loss, 8)
+    found = gradscope.compare(gradscope.measure(lambda: make(3.0), batch, loss, 8), base)
+    assert found.first is not None and found.first.layer == "encoder.layers.2", found
+    assert any(d.trunk.startswith("decoder") for d in found.departures)
 
 
 @pytest.mark.parametrize("variant", ["pre_norm", "post_norm"])
-def test_an_unchanged_model_is_the_same(variant: str) -> None:
+def test_an_unchanged_model_is_the_same(variant: Literal["pre_norm", "post_norm"]) -> None:
     base = measured("", 0, variant)
     assert gradscope.compare(measured("", 0, variant), base).same
     assert gradscope.compare(measured("", 100, variant), base).same

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from gradscope.analysis.arguments import as_record, check_coverage
 from gradscope.analysis.comparison import Comparison, Departure
+from gradscope.analysis.gate.decision import COMPARABLE, Place
+from gradscope.analysis.gate.moderated import Moments, moderated_t
 from gradscope.analysis.matching import Feature, Pair, pairs_of, trunks_of
 from gradscope.analysis.renaming import parameters_of_both
 from gradscope.errors import QuantityError
@@ -59,13 +61,14 @@ def compare(
       of the largest activation over the root mean square, which see through a norm.
     - Replicates of the same seeds and batches: their differences must be clear too, by Student's t over
       the pairs.
-    - Other replicates: Student's t with the pooled variance, at least two on each side.
+    - Other replicates, at least two on each side: Student's t with a pooled variance that the layers of
+      one quantity lend each other (`gradscope.analysis.gate.moderated`; Smyth 2004).
 
-    With replicates the probability is Bonferroni's over all numbers. The first layer is
-    that of the first step that departs: forward-first by activations, else the gradient nearest the loss,
-    else parameters. Where replicates do not pair, gradients are named by the clearest change instead, and
-    if half of the blocks depart, no block is called the first. Norms alone can misname the block of a
-    post-norm net, whose norms reset every level.
+    With replicates the probability is Bonferroni's over all numbers. The first layer is that of the first
+    step that departs: forward-first by activations, else the gradient nearest the loss, else parameters.
+    Where replicates do not pair, gradients are named by the clearest change instead. With replicates no
+    block is called the first where at least half of the blocks depart on both sides of it. Norms alone
+    can misname the block of a post-norm net, whose norms reset every level.
 
     ::
 
@@ -130,8 +133,7 @@ def compare(
     if left_out:
         notes.append(f"{left_out} numbers are not compared: absent, 0 or not finite on a side")
     first = departures[0].step if departures else None
-    blocks = {(d.trunk, math.ceil(d.depth - 1e-9)) for d in departures if d.step == first and d.depth > 0}
-    every = {(p.trunk, math.ceil(d - 1e-9)) for p in pairs for d in p.depth if d > 0}
+    place = _place([d for d in departures if d.step == first], pairs)
     return Comparison(
         models=(
             str(sides[0].header.get("model", "a model")),
@@ -141,7 +143,8 @@ def compare(
         steps=tuple(steps),
         features=features,
         departures=departures,
-        blocks=(len(blocks), len(every)),
+        blocks=(len(place.departing), place.blocks),
+        wide=method != "one run each" and place.blocks > 2 and place.wide,
         renamed=tuple(renamed.items()),
         added=tuple(added),
         removed=tuple(removed),
@@ -164,17 +167,18 @@ def _departures(
     tested: list[tuple[int, Feature, float, float, float, float, float]] = []
     found: list[Departure] = []
     for step in steps:
+        here: list[tuple[Feature, Floats, Floats]] = []
         for pair in pairs:
             for feature, expected, obtained in pair.states(step):
                 found.append(
                     Departure(step=step, expected=expected, obtained=obtained, **feature._asdict())
                 )
-            for feature, run, base in pair.features(step):
-                if np.isfinite(run).all() and np.isfinite(base).all():
-                    numbers = _changed(run, base, method)
-                    tested.append((step, feature, float(run.mean()), float(base.mean()), *numbers))
-                else:
-                    left_out += 1
+            every = list(pair.features(step))
+            here += [one for one in every if np.isfinite(one[1]).all() and np.isfinite(one[2]).all()]
+            left_out += len(every)
+        left_out -= len(here)
+        for (feature, run, base), numbers in zip(here, _changes(here, method), strict=True):
+            tested.append((step, feature, float(run.mean()), float(base.mean()), *numbers))
     sizes: dict[str, list[float]] = {}
     for step, feature, obtained, expected, change, error, degrees in tested:
         limit = limits[feature.quantity]
@@ -194,7 +198,9 @@ def _departures(
             )
     resolution = tuple((name, float(np.median(values))) for name, values in sizes.items())
     order = _by_size if method == "replicates" else _by_pass
-    return tuple(sorted(found, key=order)), len(tested), left_out, resolution
+    trunks = list(dict.fromkeys(pair.trunk for pair in pairs))
+    ordered = sorted(found, key=lambda departure: order(departure, trunks))
+    return tuple(ordered), len(tested), left_out, resolution
 
 
 def _outside(parameters: list[str], layers: Iterable[str]) -> list[str]:
@@ -224,18 +230,51 @@ def _least_replicates(record: Record, steps: list[int]) -> int:
     return min(len({s.replicate for s in record.steps if s.step == n}) for n in steps)
 
 
-def _changed(run: Floats, base: Floats, method: str) -> tuple[float, float, float]:
+def _changes(
+    tested: list[tuple[Feature, Floats, Floats]], method: str
+) -> list[tuple[float, float, float]]:
     """Change, its standard error and degrees of freedom; NaN errors where nothing says how sure."""
+    if method != "replicates" or not tested:
+        return [_changed(run, base, method) for _, run, base in tested]
+    names = [(feature.trunk, feature.quantity, feature.kind) for feature, _, _ in tested]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    run, base = (Moments.of(np.column_stack([one[side] for one in tested])) for side in (1, 2))
+    found = moderated_t(base, run, np.asarray([number[name] for name in names], dtype=np.int64))
+    columns = (found.change, found.error, found.degrees)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _changed(run: Floats, base: Floats, method: str) -> tuple[float, float, float]:
     change = float(run.mean() - base.mean())
     if method == "one run each":
         return change, math.nan, math.nan
-    if method == "paired replicates":
-        spread = max(float(np.std(run - base, ddof=1)), _FLOOR)
-        return change, spread / math.sqrt(len(run)), len(run) - 1
-    degrees = len(run) + len(base) - 2
-    squares = float(np.sum((run - run.mean()) ** 2) + np.sum((base - base.mean()) ** 2))
-    spread = max(math.sqrt(squares / degrees), _FLOOR)
-    return change, spread * math.sqrt(1 / len(run) + 1 / len(base)), degrees
+    spread = max(float(np.std(run - base, ddof=1)), _FLOOR)
+    return change, spread / math.sqrt(len(run)), len(run) - 1
+
+
+def _place(departures: list[Departure], pairs: list[Pair]) -> Place:
+    """The first departure's block among all, and which depart by a comparable part of the largest change.
+
+    In units of what is worth failing for over other seeds; what has no number departs by more than all
+    numbers.
+    """
+    trunks = list(dict.fromkeys(pair.trunk for pair in pairs))
+    blocks = {(p.trunk, math.ceil(d - 1e-9)) for p in pairs for d in p.depth if d > 0}
+    every = sorted(blocks, key=lambda block: (trunks.index(block[0]), block[1]))
+    number = {block: i for i, block in enumerate(every)}
+    scale = TOLERANCE["replicates"]
+    least = min(scale.values())
+    sizes: dict[int, float] = {}
+    for d in departures:
+        block = number.get((d.trunk, math.ceil(d.depth - 1e-9)), -1)
+        size = math.inf if d.kind == "state" else abs(d.change) / scale.get(d.quantity, least)
+        if block >= 0:
+            sizes[block] = max(sizes.get(block, 0.0), size)
+    enough = COMPARABLE * max(sizes.values(), default=0.0)
+    first = departures[0] if departures else None
+    at = -1 if first is None else number.get((first.trunk, math.ceil(first.depth - 1e-9)), -1)
+    departing = frozenset(block for block, size in sizes.items() if size >= enough)
+    return Place("" if first is None else first.layer, at, departing, len(every))
 
 
 def _tail(t: float, degrees: float) -> float:
@@ -250,17 +289,18 @@ def _critical(degrees: float, alpha: float) -> float:
     return -float(stdtrit(degrees, alpha / 2))
 
 
-def _by_pass(d: Departure) -> tuple[float, ...]:
+def _by_pass(d: Departure, trunks: list[str]) -> tuple[float, ...]:
     """Forward by activations, then backward from the loss: the order in which a step computes."""
-    rank = _PASSES.index(d.quantity)
-    forward = rank < _PASSES.index("flow")
-    return (d.step, 0 if forward else rank, d.depth if forward else -d.depth, rank)
+    rank, trunk = _PASSES.index(d.quantity), trunks.index(d.trunk)
+    if rank < _PASSES.index("flow"):
+        return (d.step, 0, trunk, d.depth, rank)
+    return (d.step, rank, -trunk, -d.depth)
 
 
-def _by_size(d: Departure) -> tuple[float, ...]:
+def _by_size(d: Departure, trunks: list[str]) -> tuple[float, ...]:
     """Forward by activations, then the clearest change: increments have no memory over depth."""
     if d.quantity == "activation":
-        return (d.step, 0, d.depth)
+        return (d.step, 0, trunks.index(d.trunk), d.depth)
     return (d.step, 1, -abs(d.change) / d.error if math.isfinite(d.error) else -math.inf)
 
 

@@ -75,7 +75,9 @@ class Comparison:
         steps: the steps that both have.
         features: how many numbers were compared, over all steps.
         departures: what departs: the first step first, and there the first layer first.
-        blocks: (blocks that depart at the first such step, blocks of their trunks).
+        blocks: (blocks that depart at the first such step by a comparable part of the largest change,
+            blocks of all trunks).
+        wide: whether so many of them depart that none is called the first.
         renamed: (name in the baseline, name in the record) of layers and parameters at the same depth.
         added: layers and parameters of the record only.
         removed: layers and parameters of the baseline only.
@@ -90,6 +92,7 @@ class Comparison:
     features: int
     departures: tuple[Departure, ...]
     blocks: tuple[int, int]
+    wide: bool
     renamed: tuple[tuple[str, str], ...]
     added: tuple[str, ...]
     removed: tuple[str, ...]
@@ -115,7 +118,7 @@ class Comparison:
             return "different layers; what both have is the same"
         departed, blocks = self.blocks
         at = f"at step {self.first.step}"
-        if 2 * departed >= blocks > 2 and self.method != "one run each":
+        if self.wide:
             return f"{departed} of {blocks} blocks depart {at}"
         return f"departs first in {self.first.layer} ({self.first.quantity}), {at}"
 

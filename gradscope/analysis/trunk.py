@@ -143,6 +143,16 @@ def _layout(rows: Rows, trunk: str) -> _Layout:
     return _Layout(row, stream, tuple(p for p in modules if p not in on_stream), tuple(parameters))
 
 
+def _elsewhere(words: npt.NDArray[np.object_], names: list[str]) -> npt.NDArray[np.bool_]:
+    """[S, P], what is not recorded at one depth because it is at another in that step."""
+    missing = np.asarray(words == NOT_RECORDED, dtype=np.bool_)
+    found = np.zeros_like(missing)
+    for name in {name for name in names if names.count(name) > 1}:
+        same = [i for i, other in enumerate(names) if other == name]
+        found[:, same] = missing[:, same] & ~missing[:, same].all(axis=1, keepdims=True)
+    return found
+
+
 def _block_at(depth: float, modules: Iterable[Place]) -> Place | None:
     """The block whose output has that depth, where no stream statistic tells (``statistics=``).
 
@@ -249,7 +259,8 @@ class Trunk:
 
         With ``partial``, parameters without a gradient by design (frozen, no gradient path, not
         called) are left out, and a block is absent only if all of its parameters are. Any other
-        reason makes the block absent; so does every reason without ``partial``.
+        reason makes the block absent; so does every reason without ``partial``. A parameter whose depth
+        changed during the run, as where a branch lost its skip, counts where it is recorded.
         """
         shape = (len(self.steps), len(self.blocks))
         value, status = np.full(shape, np.nan), np.full(shape, NO_PARAMETERS, dtype=object)
@@ -260,6 +271,7 @@ class Trunk:
             words = values.status[:, inside]
             present = np.asarray(words == OK, dtype=np.bool_)
             skipped = np.isin(words.astype(str), WITHOUT_GRADIENT) & partial
+            skipped |= _elsewhere(words, [values.places[i].layer for i in inside])
             blocking = ~present & ~skipped
             status[:, column] = np.where(present.any(1), OK, words[:, 0])
             bad = blocking.any(1)

@@ -22,7 +22,7 @@ from gradscope.analysis.gate.features import Feature
 from gradscope.analysis.gate.moderated import Moments, Tested, moderated_t
 from gradscope.analysis.gate.tolerance import Tolerance
 
-__all__ = ["CONFIRM", "FIRST_LOOK", "SCREEN", "Place", "Rule", "name_place"]
+__all__ = ["COMPARABLE", "CONFIRM", "FIRST_LOOK", "SCREEN", "Place", "Rule", "name_place"]
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -38,7 +38,7 @@ _CLEAR_LEVEL: Final = 1e-4
 _ALIVE_LEVEL: Final = 0.05
 _POWER_95: Final = 1.645
 #: A block departs with others if it does so by this share of the largest change.
-_COMPARABLE: Final = 0.25
+COMPARABLE: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,7 +165,7 @@ def name_place(
         return Place("", -1, frozenset(), len(blocks))
     on_blocks = [i for i in hits if features[i].block >= 0]
     largest = max((float(size[i]) for i in on_blocks), default=0.0)
-    departing = frozenset(features[i].block for i in on_blocks if size[i] >= _COMPARABLE * largest)
+    departing = frozenset(features[i].block for i in on_blocks if size[i] >= COMPARABLE * largest)
     chosen = -1
     for kinds in (("rms",), ("act", "upd")):
         found = [i for i in on_blocks if features[i].kind in kinds]
