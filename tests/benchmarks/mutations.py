@@ -3,7 +3,8 @@
     python tests/benchmarks/mutations.py [--group GROUP] [--only NAME] [--all]
 
 ``mutations/GROUP.txt`` holds the mutations of each group of tests, written like a patch: the name and the
-file in the package, the lines that stand there exactly once, and those that stand there instead.
+file in the package, the test files that can notice it where that are few, the lines that stand there
+exactly once, and those that stand there instead.
 
 Each mutation is made in a copy of the package in a temporary folder, and tests run there, which must go
 red. By default the hard-case tests of its group stop at the first that does. With ``--all`` every test
@@ -61,6 +62,7 @@ class Mutation:
         group: the tests that can notice it.
         name: what is broken.
         file: where, relative to the package.
+        tests: the test files that can notice it.
         old: the lines that are there, exactly once.
         new: what stands there instead.
     """
@@ -68,6 +70,7 @@ class Mutation:
     group: str
     name: str
     file: str
+    tests: tuple[str, ...]
     old: str
     new: str
 
@@ -85,9 +88,10 @@ def read_mutations() -> list[Mutation]:
         text = (Path(__file__).parent / "mutations" / f"{group}.txt").read_text(encoding="utf-8")
         for entry in text.split("\n# "):
             head, *lines = entry.removeprefix("# ").splitlines()
-            name, file = head.split(": ")
+            name, file, *few = head.split(": ")
+            files = tuple(f"{word}.py" for word in few[0].split()) if few else TESTS[group]
             old, new = ("".join(x[1:] + "\n" for x in lines if x[:1] == sign) for sign in "-+")
-            found.append(Mutation(group, name, file, old, new))
+            found.append(Mutation(group, name, file, files, old, new))
             found[-1].applied_to((ROOT / "gradscope" / file).read_text(encoding="utf-8"))
     return found
 
@@ -104,12 +108,12 @@ def main() -> None:
     unseen = {group: _green_tests(group) for group in groups} if arguments.all else {}
     survived = 0
     for mutation in chosen:
-        files = [f"tests/{name}" for name in TESTS[mutation.group]]
-        waiting = unseen.get(mutation.group, [])
+        files = [f"tests/{name}" for name in mutation.tests]
+        waiting = [x for x in unseen.get(mutation.group, []) if x.split("::")[0] in files]
         red = _red(mutation, waiting) if waiting else []
         red = red or _red(mutation, files, stop=True)
         if arguments.all:
-            unseen[mutation.group] = [test for test in waiting if test not in red]
+            unseen[mutation.group] = [x for x in unseen[mutation.group] if x not in red]
         survived += not red
         names = ", ".join(test.split("::")[-1] for test in red)
         print(f"{mutation.group:9} {mutation.name:50}  {names or 'SURVIVED'}", flush=True)
