@@ -19,6 +19,14 @@ pytest_plugins = ["gradscope.pytest_plugin"]
 # No timed assertions; and on a machine that gates a change, the same examples in every run.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("gate", deadline=None, derandomize=True, database=None)
+# Where a test is meant to fail, the smallest example does not matter.
+hypothesis.settings.register_profile(
+    "mutations",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
 hypothesis.settings.load_profile("gate" if os.environ.get("CI") else "local")
 
 

@@ -34,6 +34,9 @@ import gradscope
 from gradscope.errors import LayerError
 from gradscope.record import Record
 
+#: Of a stack, but for the model itself.
+LAYERS = [name for name, _ in stack().named_modules() if name]
+
 
 def stacked(kind: type[Stack], *blocks: nn.Module) -> Any:
     torch.manual_seed(0)
@@ -120,6 +123,26 @@ def test_ctrl_c_in_a_forward_is_no_call_of_itself() -> None:
         optimizer.step()
     assert len(scope.record.steps) == 1
     assert assert_true(scope.record, expected) == 52
+
+
+@pytest.mark.parametrize("how", ["no grad", "with grad"])
+def test_a_forward_past_the_models_own_hooks(how: str) -> None:
+    """The model's ``forward``, or a method of its own, called directly: its layers say what a step is."""
+    model = stack()
+    optimizer = sgd(model)
+    expected = []
+    with gradscope.watch(model, layers="**") as scope:
+        for i in range(3):
+            with torch.set_grad_enabled(how == "with grad"):
+                model.forward(batch(8))
+                model.forward(batch(9))
+            expected.append(truth(model, batch(i), batch(i + 3), layers=LAYERS))
+            for x in (batch(i), batch(i + 3)):
+                model.forward(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [s.step for s in scope.record.steps] == [0, 1, 2]
+    assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [50] * 3
 
 
 # -- arguments and losses ----------------------------------------------------------------------------

@@ -110,6 +110,10 @@ class TrunkPass:
     def drop_forward(self) -> None:
         """Let go of what is held for the forward pass: its tensors and the edges of its graph."""
         self.input = self.held_activation = None
+        self.drop_edges()
+
+    def drop_edges(self) -> None:
+        """Let go of the edges of its graph: nothing is proved from there on."""
         self.edges, self.branch_edges = [], {}
 
     def drop(self) -> None:
@@ -158,6 +162,14 @@ class Pass:
     def complete(self) -> bool:
         """Forward came to its end, and every backward that began did too."""
         return not self.root_open and self.begun <= self.ended
+
+    def gone(self, site: int) -> bool:
+        """Whether it has called this layer and its graph is no more (an evaluation with grad)."""
+        if site not in self.counts or not self.graph:
+            return False
+        for state in self.trunks.values():
+            state.drop_edges()  # they keep the graph
+        return not any(r() for r in self.graph)
 
     def end_forward(self) -> None:
         """Its forward has been looked at as a whole: let go of what is held for that."""

@@ -345,10 +345,10 @@ class Recorder:
             self._sampler.prove_sole_consumers(p, output)
         p.end_forward()
 
-    def _enclosing_pass(self) -> Pass | None:
+    def _enclosing_pass(self, site: int) -> Pass | None:
         """The recorded pass that a layer called now belongs to; a new one outside of a forward."""
         p = self._step.newest
-        if p is None or not (p.root_open or not p.begun):
+        if p is None or (not p.root_open and (p.begun or p.gone(site))):
             self._begin_pass()
         return self._step.newest if self._step.recording else None
 
@@ -356,7 +356,7 @@ class Recorder:
         """A block is about to run; returns new (args, kwargs), or None for the old ones."""
         if probes.backward_id() != -1 or probes.in_transform() or not self._heard():
             return None
-        p = self._enclosing_pass()
+        p = self._enclosing_pass(site)
         if p is None:
             return None
         return self._sampler.block_input(p, site, args, kwargs, grad_mode=self._grad_mode)
@@ -372,7 +372,7 @@ class Recorder:
             if len(mine) == 1:
                 self._sampler.recomputed(mine[0], site, output)
             return
-        p = self._enclosing_pass() if self._heard() else None
+        p = self._enclosing_pass(site) if self._heard() else None
         if p is not None:
             self._sampler.output(p, site, args, kwargs, output, grad_mode=self._grad_mode)
 

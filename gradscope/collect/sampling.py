@@ -322,7 +322,7 @@ class Sampler:
         self, call: Call, edge: Any, previous: Call | None, source: Tensor | None, state: TrunkPass
     ) -> None:
         if previous is not None:
-            before = state.edges[-1]
+            before = state.edges[-1] if state.edges else None
             read = graph.edge_of(source) if source is not None else None
             if edge is None or before is None or read is None:
                 previous.unit_skip = None

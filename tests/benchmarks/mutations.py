@@ -150,8 +150,9 @@ def _red(mutation: Mutation, tests: Sequence[str], *, stop: bool = False) -> lis
 
 def _run(folder: Path, tests: Sequence[str], *options: str) -> tuple[list[str], list[str]]:
     """Tests that are green, and tests that are red."""
-    command = [sys.executable, "-m", "pytest", "-v", "-n0", "--tb=no", "-p", "no:cacheprovider", *options]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "CI": "1"}
+    command = [sys.executable, "-m", "pytest", "-v", "-n0", "--tb=no", "-p", "no:cacheprovider"]
+    command += ["--hypothesis-profile=mutations", *options]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         try:
             done = subprocess.run(
