@@ -183,6 +183,29 @@ def test_a_planted_regression_fails_and_its_block_is_named(baseline, batch, plan
     assert f"blocks.{BLOCK}" in str(outcome) and f"blocks.{BLOCK}" in outcome.markdown()
 
 
+@pytest.mark.parametrize("order", ["same seeds", "other seeds"])
+def test_weights_in_front_of_the_blocks_are_named_and_not_what_follows(baseline, batch, order):
+    def larger() -> nn.Module:
+        model = make()
+        with torch.no_grad():
+            model.embed.tokens.weight.mul_(2.0)  # type: ignore[union-attr]
+        return model
+
+    maker = larger if order == "same seeds" else other_seeds(larger)
+    outcome = gate.check(baseline, maker, batch, next_token_loss)
+    assert (outcome.tier, outcome.where) == (order, "embed.tokens.weight"), outcome
+
+
+def test_what_enters_the_blocks_is_named_where_no_weight_changed(baseline, batch):
+    def scaled_embedding() -> nn.Module:
+        model = make()
+        model.embed.register_forward_hook(lambda module, args, output: 2.0 * output.roll(1, -1))  # type: ignore[union-attr]
+        return model
+
+    outcome = gate.check(baseline, scaled_embedding, batch, next_token_loss)
+    assert (outcome.tier, outcome.where) == ("same seeds", "input of blocks.0"), outcome
+
+
 def test_a_change_of_all_blocks_is_not_blamed_on_one(baseline, batch):
     outcome = gate.check(
         baseline,

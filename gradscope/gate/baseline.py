@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,13 @@ _NO_SPREAD: Final = 1e-6
 def state_of(column: npt.NDArray[np.float64]) -> str:
     """Of one feature over replicates: ``value``, ``zero``, ``absent``, ``not finite`` or ``mixed``."""
     kinds = {
-        "value" if np.isfinite(x) else "zero" if x == -np.inf else "absent" if x != x else "not finite"
+        "value"
+        if math.isfinite(x)
+        else "zero"
+        if x == -math.inf
+        else "absent"
+        if x != x
+        else "not finite"
         for x in column.tolist()
     }
     return kinds.pop() if len(kinds) == 1 else "mixed"
@@ -52,19 +59,19 @@ class Expected:
     @classmethod
     def all_of(cls, features: Features) -> tuple[Expected, ...]:
         """Every feature of the replicates, rounded as the file keeps it."""
+        value = features.value
+        finite = np.where(np.isfinite(value), value, 0.0)
+        mean = np.mean(finite, axis=0)
+        spreads = np.std(finite, axis=0, ddof=1) if len(value) > 1 else np.zeros_like(mean)
         found: list[Expected] = []
         for i, feature in enumerate(features.features):
-            column = features.value[:, i]
-            state = state_of(column)
+            state = state_of(value[:, i])
             if state != "value":
                 found.append(cls(feature, state))
                 continue
-            spread = float(np.std(column, ddof=1)) if len(column) > 1 else 0.0
-            spread = spread if spread > _NO_SPREAD else 0.0
-            paired = tuple(round(float(x), 4) for x in column[:PAIRED])
-            found.append(
-                cls(feature, state, round(float(np.mean(column)), 4), float(f"{spread:.3g}"), paired)
-            )
+            spread = float(spreads[i]) if spreads[i] > _NO_SPREAD else 0.0
+            paired = tuple(round(x, 4) for x in value[:PAIRED, i].tolist())
+            found.append(cls(feature, state, round(float(mean[i]), 4), float(f"{spread:.3g}"), paired))
         return tuple(found)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from gradscope.analysis.decay import fit_decay
-from gradscope.analysis.gate.features import read_features
-from gradscope.analysis.view import View
 from gradscope.errors import GateError, GradscopeError, MeasureError
 from gradscope.experiment.checksum import digest
 from gradscope.experiment.effective_depth import effective_depth
@@ -23,7 +22,8 @@ from gradscope.experiment.replicate import (
     joined,
     kinds_of_skip,
 )
-from gradscope.gate.baseline import PAIRED, Baseline, Expected, ParameterRow
+from gradscope.gate.baseline import PAIRED, Baseline, ParameterRow
+from gradscope.gate.seen import Seen
 from gradscope.layers import select
 from gradscope.record import Record
 
@@ -152,69 +152,13 @@ def observe(
         summary: whether to fit the family of decay, for the reader.
     """
     record = joined(replicates)
-    features = read_features(record)
-    view = View(record)
-    words = view.words("param_grad", "l2")
-    columns = {site.layer: i for i, site in enumerate(view.grid("param_grad", "l2").sites)}
-    parameters: dict[str, ParameterRow] = {}
-    first = replicates[0]
-    for name, facts in first.parameters.items():
-        same = [r.parameters[name] for r in replicates if name in r.parameters]
-        shares = {x.zero_rows for x in same}
-        share = shares.pop() if len(shares) == 1 else math.nan
-        column = columns.get(name)
-        seen = set() if column is None else {str(w) for w in words[:, column]}
-        parameters[name] = ParameterRow(
-            shape=facts.shape,
-            trained=facts.requires_grad,
-            gradient=seen.pop() if len(seen) == 1 else "mixed",
-            zero_rows=None if math.isnan(share) else share,
-            constant=facts.constant,
-            checksum=tuple(x.checksum for x in same[:PAIRED]),
-        )
-    return Baseline(
-        kind=str(record.header["replicates"]),
-        fingerprint=_fingerprint(record, batch, bool(batches)),
+    seen = Seen.of(replicates, record, batch)
+    return replace(
+        seen.baseline(range(len(replicates)), batches),
         summary=_summary(record, effective_depth, no_depth) if summary else {},
         effective_depth=effective_depth,
-        seeds=tuple(r.seed for r in replicates),
-        batches=tuple(batches),
-        blocks=features.blocks,
         architecture=architecture or {},
-        parameters=parameters,
-        features=Expected.all_of(features),
-        nonfinite=_nonfinite(view),
-        activation=_checksums([r.activation for r in replicates[:PAIRED]]),
-        output_grad=_checksums([r.output_grad for r in replicates[:PAIRED]]),
     )
-
-
-def _checksums(found: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(one.get(name, math.nan) for one in found) for name in found[0]}
-
-
-def _nonfinite(view: View) -> bool:
-    signals = ("activation", "output_grad", "param_grad")
-    return any(bool((view.grid(s, "nonfinite").value > 0).any()) for s in signals)
-
-
-def _fingerprint(record: Record, batch: Any, several: bool) -> dict[str, str]:
-    header = record.header
-    content, tensors = digest(batch)
-    versions = header["versions"]
-    loss = float(np.mean([s.loss for s in record.steps if s.loss is not None] or [math.nan]))
-    return {
-        "model": str(header["model"]),
-        "blocks": ", ".join(f"{name}: {n}" for name, n in header["trunks"].items()),
-        "batch": "one per replicate" if several else content,
-        "batch tensors": tensors,
-        "loss": f"{loss:.4g}",
-        "mode": str(header["mode"]),
-        "dtype": str(header["dtype"]),
-        "device": str(header["device"]),
-        "torch": str(versions["torch"]),
-        "gradscope": str(versions["gradscope"]),
-    }
 
 
 def _summary(record: Record, effective: tuple[float, ...], no_depth: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradscope.analysis.gate.decision import CONFIRM, SCREEN
@@ -10,7 +10,7 @@ from gradscope.experiment.checksum import digest
 from gradscope.experiment.progress import counted
 from gradscope.experiment.replicate import Replicate, Replicates
 from gradscope.gate.baseline import PAIRED, Baseline
-from gradscope.gate.observe import observe
+from gradscope.gate.observe import bare, observe, skips
 
 __all__ = ["Runs"]
 
@@ -62,6 +62,14 @@ class Runs:
             self.runner.run(n, batches[n] if batches else None, checksums=n in self.paired)
             for n in counting
         ]
+
+    def start(self, baseline: Baseline) -> Baseline:
+        """What the first paired initialisation says of the parameters, without running it."""
+        return bare(self.runner, self.paired[0], baseline)
+
+    def skips(self, found: Replicate) -> Mapping[str, str]:
+        """The architecture table of that replicate's model."""
+        return skips(self.runner, found, self.batch(found.seed), self.loss)
 
     def fresh(self, stage: int) -> list[int]:
         """The numbers of the replicates that the baseline did not see."""

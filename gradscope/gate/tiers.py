@@ -26,11 +26,11 @@ from gradscope.gate.compare import (
     same_seeds,
 )
 from gradscope.gate.facts import Matched, first_of, match, other_subject, wrong_facts
-from gradscope.gate.observe import as_batches, bare, depths, skips
+from gradscope.gate.observe import as_batches, depths
 from gradscope.gate.outcome import Change, Outcome
 from gradscope.gate.runs import Runs
 
-__all__ = ["check"]
+__all__ = ["check", "judged"]
 
 _SAME_BATCH = "the batch must be the same in every run: if it is drawn, draw it under a seed of its own"
 
@@ -55,7 +55,12 @@ def check(
     batches = as_batches(batch) if given else []
     runner = Replicates(make_model, batch, loss)
     runs = Runs(baseline, runner, batch, batches, loss, progress)
-    return _Check(baseline, runs, parse_tolerance(tolerance)).outcome()
+    return judged(baseline, runs, parse_tolerance(tolerance))
+
+
+def judged(baseline: Baseline, runs: Runs, tolerance: Tolerance) -> Outcome:
+    """Compare these replicates with the baseline."""
+    return _Check(baseline, runs, tolerance).outcome()
 
 
 @dataclass(slots=True, eq=False)
@@ -76,8 +81,7 @@ class _Check:
             )
         found = self.runs.make(numbers[:1])
         one = self.runs.observed(found)
-        first = self.runs.batch(numbers[0])
-        table = skips(self.runs.runner, found[0], first, self.runs.loss)
+        table = self.runs.skips(found[0])
         one = replace(one, architecture=table)
         matched = match(self.baseline, one)
         other = other_subject(self.baseline, matched.run)
@@ -107,8 +111,7 @@ class _Check:
         """The first parameter that starts with other values, read off one initialisation alone."""
         if not paired:
             return ""
-        start = bare(self.runs.runner, paired[0], self.baseline)
-        return first_unpaired(self.baseline, match(self.baseline, start).run)
+        return first_unpaired(self.baseline, match(self.baseline, self.runs.start(self.baseline)).run)
 
     # -- the tiers -------------------------------------------------------------------------------
 

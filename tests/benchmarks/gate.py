@@ -4,236 +4,37 @@
 
 For each model 200 initialisations for baselines and 200 others for runs are measured once (kept under
 ``--pools``). A check draws 20 of the first and 5 + 10 of the second, and decides as `gradscope.gate` does
-for other seeds. Planted regressions have a pool of their own on the run's side.
+for other seeds. Planted regressions have pools of their own on the run's side: under other seeds, and
+under those of the baseline. Whole checks run the code of `gradscope.gate` on replicates drawn from these.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
-from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gate_models import BLOCK, DEPTH, MODELS, PLANTED, WIDTH
+from benchmarks.gate_pools import Pool, Study, given_study, study
 
 from gradscope.analysis.gate.decision import CONFIRM, FIRST_LOOK, SCREEN, Rule, name_place
-from gradscope.analysis.gate.features import Feature, Features, read_features
+from gradscope.analysis.gate.features import Features
 from gradscope.analysis.gate.moderated import Moments, moderated_t
 from gradscope.analysis.gate.tolerance import parse_tolerance
-from gradscope.experiment.replicate import Replicates, joined
-from gradscope.reference import Transformer, next_token_loss
+from gradscope.gate.baseline import PAIRED, Baseline
+from gradscope.gate.runs import Runs
+from gradscope.gate.tiers import judged
 
-DEPTH, WIDTH, HEADS, BLOCK, BASELINE = 12, 64, 4, 5, 20
-BASELINES, CHECKS, RESAMPLED = 50, 100, 100
-MODELS = ("pre-norm", "post-norm", "MLP", "GPT-2")
-
-
-# -- models --------------------------------------------------------------------------------------
-
-
-def text(rows: int = 4, length: int = 32, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Real prose as bytes: inputs and targets [rows, length]."""
-    prose = "".join(topics[key] for key in sorted(topics)).encode()[start : start + rows * (length + 1)]
-    tokens = torch.tensor(list(prose)).view(rows, length + 1)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def transformer(variant: str, **options: Any) -> Transformer:
-    return Transformer(variant, depth=DEPTH, width=WIDTH, heads=HEADS, context=32, **options)
-
-
-def gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=256, n_positions=32, n_embd=WIDTH, n_layer=DEPTH, n_head=HEADS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(24)])
-
-
-def square(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).pow(2).mean()
-
-
-def subject(name: str) -> tuple[Callable[[], nn.Module], Any, Any]:
-    """Maker, batch and loss."""
-    if name == "MLP":
-        return mlp, torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(3)), square
-    inputs, targets = text()
-    if name == "GPT-2":
-        return gpt2, {"input_ids": inputs, "labels": inputs}, None
-    variant = name.replace("-", "_")
-    return functools.partial(transformer, variant), (inputs, targets), next_token_loss
-
-
-# -- planted regressions -------------------------------------------------------------------------
-
-
-class _WrongBackward(torch.autograd.Function):
-    """The identity, whose backward pass forgets the first head."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[..., : WIDTH // HEADS] = 0
-        return gradient
-
-
-def _sublayers(block: Any) -> tuple[Any, Any]:
-    return block.attention, block.feed_forward
-
-
-def no_skip(block: Any) -> None:
-    for sublayer in _sublayers(block):
-        sublayer.skip = "none"
-
-
-def scale(factor: float, block: Any) -> None:
-    with torch.no_grad():
-        for parameter in block.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(factor)
-
-
-def detach(block: Any) -> None:
-    block.feed_forward.branch.register_forward_hook(lambda module, args, output: output.detach())
-
-
-def half_detach(block: Any) -> None:
-    block.feed_forward.branch.register_forward_pre_hook(lambda module, args: (args[0].detach(),))
-
-
-def move_norm(block: Any) -> None:
-    for sublayer in _sublayers(block):
-        if sublayer.norm is None:
-            sublayer.norm = sublayer.branch.norm
-            del sublayer.branch.norm
-        else:
-            steps = dict(sublayer.branch.named_children())
-            norm, sublayer.norm = sublayer.norm, None
-            for name in steps:
-                delattr(sublayer.branch, name)
-            for name, module in {"norm": norm, **steps}.items():
-                sublayer.branch.add_module(name, module)
-
-
-def freeze(block: Any) -> None:
-    block.attention.requires_grad_(False)
-
-
-def zero_head(block: Any) -> None:
-    function = block.attention.branch.function
-    for projection in (function.query, function.key, function.value):
-        projection.register_forward_hook(lambda module, args, output: _WrongBackward.apply(output))
-
-
-def to_tanh(block: Any) -> None:
-    block.feed_forward.branch.function.activation = nn.Tanh()
-
-
-def sharp(block: Any) -> None:
-    factor = (WIDTH // HEADS) ** -0.5
-    block.attention.branch.function.query.register_forward_hook(
-        lambda module, args, output: output * factor
-    )
-
-
-PLANTED: dict[str, tuple[Callable[[Any], None], bool]] = {
-    "skip removed": (no_skip, False),
-    "initialisation × 1.3": (functools.partial(scale, 1.3), False),
-    "initialisation × 1.1": (functools.partial(scale, 1.1), False),
-    "branch detached": (detach, False),
-    "branch's input detached": (half_detach, False),
-    "norm moved, one block": (move_norm, False),
-    "norm moved, all blocks": (move_norm, True),
-    "frozen layer": (freeze, False),
-    "one head's gradient 0": (zero_head, False),
-    "GELU → tanh, one block": (to_tanh, False),
-    "GELU → tanh, all blocks": (to_tanh, True),
-    "scale 1/√d → 1/d, one block": (sharp, False),
-    "scale 1/√d → 1/d, all blocks": (sharp, True),
-}
-
-
-def planted(make: Callable[[], nn.Module], name: str, *, later: bool = False) -> Callable[[], nn.Module]:
-    """A maker of the model with one regression; ``later``: drawn later in the random order."""
-    fault, everywhere = PLANTED[name]
-
-    def maker() -> nn.Module:
-        if later:
-            torch.rand(3)
-        model: Any = make()
-        for block in model.blocks if everywhere else [model.blocks[BLOCK]]:
-            fault(block)
-        return model
-
-    return maker
-
-
-# -- pools ---------------------------------------------------------------------------------------
-
-
-def pool(path: Path, make: Callable[[], nn.Module], batch: Any, loss: Any, seeds: range) -> Features:
-    """The features of these seeds, measured or read."""
-    if path.exists():
-        held = np.load(path)
-        columns = [held[key].tolist() for key in ("kind", "layer", "role", "block")]
-        features = tuple(Feature(*row) for row in zip(*columns, strict=True))
-        return Features(features, held["value"], tuple(held["blocks"].tolist()))
-    runner = Replicates(make, batch, loss)
-    given = isinstance(make, nn.Module)
-    found = read_features(joined([runner.run(n, batch[n] if given else None) for n in seeds]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        path,
-        value=found.value,
-        blocks=list(found.blocks),
-        **{key: [getattr(f, key) for f in found.features] for key in ("kind", "layer", "role", "block")},
-    )
-    return found
-
-
-def trained(batches: list[tuple[Tensor, Tensor]], steps: int = 100) -> nn.Module:
-    """A pre-norm model in the middle of its training: the given model."""
-    torch.manual_seed(0)
-    model = transformer("pre_norm")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for batch in batches[-steps:]:
-        next_token_loss(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-def given_pools(replicates: int, number: int, pools: Path) -> tuple[Features, dict[str, Features]]:
-    """Batches for baselines; and others, of the same model and of planted ones."""
-    starts = np.random.default_rng(0).permutation(3300)[: 2 * replicates + 100] * 132
-    batches = [text(start=int(start)) for start in starts]
-    model = trained(batches)
-    base = pool(pools / "given-base.npz", model, batches, next_token_loss, range(replicates))
-    others = range(replicates, 2 * replicates)
-    found = {"": pool(pools / "given-run.npz", model, batches, next_token_loss, others)}
-    for i, name in enumerate(PLANTED):
-        fault = planted(functools.partial(copy.deepcopy, model), name)
-        path = pools / f"given-planted-{i}.npz"
-        found[name] = pool(path, fault(), batches, next_token_loss, others[:number])
-    return base, found
+BASELINE = 20
+BASELINES, CHECKS, RESAMPLED, SAME = 50, 100, 100, 50
 
 
 # -- resampling ----------------------------------------------------------------------------------
@@ -314,7 +115,7 @@ def smallest_change(tested: Pools, draws: int = 200, seed: int = 1) -> dict[str,
         base = tested.baseline(rng)
         drawn = rng.choice(len(tested.run), SCREEN + CONFIRM, replace=False)
         least = np.zeros(m)
-        for part, level, share in ((drawn[:SCREEN], 0.05 / m, 0.5), (drawn[SCREEN:], 0.01, 1.0)):
+        for part, level, share in ((drawn[:SCREEN], 0.1 / rule.tests, 0.5), (drawn[SCREEN:], 0.01, 1.0)):
             found = moderated_t(base, Moments.of(tested.run[part]), rule.role)
             critical = stats.t.isf(level / 2, found.degrees) * found.error
             least = np.maximum(least, np.maximum(critical, share * rule.smallest) - found.change)
@@ -341,6 +142,66 @@ def resampled(tested: Pools, name: str, checks: int = RESAMPLED, seed: int = 2) 
     return len(caught) / checks, right / max(len(caught), 1)
 
 
+# -- whole checks --------------------------------------------------------------------------------
+
+
+class Drawn(Runs):
+    """Replicates drawn from a pool, in place of replicates that are made."""
+
+    def __init__(self, found: Pool, paired: list[int], fresh: list[int]) -> None:
+        self.found, self.paired, self._fresh, self.made = found, paired, fresh, 0
+
+    def make(self, numbers: Any) -> list[Any]:
+        self.made += len(numbers)
+        return list(numbers)
+
+    def start(self, baseline: Baseline) -> Baseline:
+        return self.found.baseline(self.paired[:1])
+
+    def skips(self, found: Any) -> dict[str, str]:
+        return self.found.table
+
+    def observed(self, found: Any) -> Baseline:
+        return self.found.baseline(list(found))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Of whole checks: the share that fails, of these the share that is named right, and the tiers."""
+
+    caught: float
+    right: float
+    tiers: tuple[str, ...]
+
+    def cells(self) -> list[str]:
+        return [f"{self.caught:.0%}", f"{self.right:.0%}" if self.caught else "–", ", ".join(self.tiers)]
+
+
+def whole(
+    held: Study, what: str, *, same: bool, baselines: int = 10, checks: int = RESAMPLED, seed: int = 3
+) -> Whole:
+    """Checks of a planted model as a user gets them, under the baseline's seeds or under others."""
+    rng = np.random.default_rng(seed)
+    run = held.same[what] if same else held.other[what]
+    pairs = len(held.same[what].seen.seeds)
+    tiers: dict[str, int] = {}
+    caught = right = 0
+    for _ in range(baselines):
+        first = rng.choice(pairs, PAIRED, replace=False).tolist()
+        rest = [i for i in rng.permutation(len(held.base.seen.seeds)).tolist() if i not in first]
+        baseline = held.base.baseline([*first, *rest[: BASELINE - PAIRED]])
+        for _ in range(1 if same else checks // baselines):
+            fresh = rng.permutation(len(run.seen.seeds)).tolist()
+            drawn = Drawn(run, first if same else [], [] if same else fresh)
+            outcome = judged(baseline, drawn, parse_tolerance(None))
+            if outcome.failed:
+                tiers[outcome.tier] = tiers.get(outcome.tier, 0) + 1
+                caught += 1
+                right += named_right(outcome.where, PLANTED[what][1])
+    count = baselines * (1 if same else checks // baselines)
+    return Whole(caught / count, right / max(caught, 1), tuple(sorted(tiers, key=lambda t: -tiers[t])))
+
+
 # -- tables --------------------------------------------------------------------------------------
 
 
@@ -359,13 +220,8 @@ def report(replicates: int, number: int, pools: Path) -> Iterator[str]:
         "batches*: a pre-norm model after 100 steps of training, where replicates are batches of text. "
         "Made by `python tests/benchmarks/gate.py`.\n"
     )
-    tests: dict[str, Pools] = {}
-    held: dict[str, Features] = {}
-    for name in MODELS:
-        what = subject(name)
-        held[name] = pool(pools / f"{name}-base.npz", *what, range(replicates))
-        run = pool(pools / f"{name}-run.npz", *what, range(1000, 1000 + replicates))
-        tests[name] = Pools.of(held[name], run)
+    held = {name: study(name, replicates, number, pools) for name in MODELS}
+    tests = {name: Pools.of(found.base.features, found.run.features) for name, found in held.items()}
     yield "## Unchanged code, other seeds\n"
     yield _false_failures(tests)
     yield "\nWith the same seeds unchanged code gives the same numbers on one machine, and passes.\n"
@@ -380,31 +236,40 @@ def report(replicates: int, number: int, pools: Path) -> Iterator[str]:
             for name, found in sizes.items()
         ],
     )
-    yield "\n## Planted regressions, by the noise of other seeds alone\n"
     yield (
-        f"In block {BLOCK}, or in all: how many of {RESAMPLED} checks resampled from {number} replicates "
-        "of the changed model fail by the third tier, and how many of these name the block (for all "
-        "blocks: say so). A whole check looks at exact facts first: they see a frozen layer and a head "
-        "without gradient, and name the block of a post-norm net that lost its skip.\n"
+        "\nHow small depends on the model and the batch. PyTorch's default initialisation of the MLP "
+        "makes all samples alike, and what is left of their gradients varies with the weights.\n"
     )
-    rows = []
-    for name in MODELS[:2]:
-        make, batch, loss = subject(name)
-        for i, what in enumerate(PLANTED):
-            path = pools / f"{name}-planted-{i}.npz"
-            run = pool(path, planted(make, what), batch, loss, range(2000, 2000 + number))
-            caught, right = resampled(Pools.of(held[name], run), what)
-            rows.append([name, what, f"{caught:.0%}", f"{right:.0%}" if caught else "–"])
-    yield table(["model", "regression", "caught", "of these named right"], rows)
+    yield "## Planted regressions\n"
+    yield (
+        f"In block {BLOCK}, or in all. *Same seeds*: {SAME} baselines, and the changed model under their "
+        f"seeds. *Other seeds*: {RESAMPLED} checks resampled from {number} replicates of the changed "
+        "model. Both are whole checks, as a user gets them: exact facts first. *By noise alone*: the "
+        "third tier without exact facts. *Named right*: the share of the failing checks that name the "
+        "block, or for a change of all blocks say so.\n"
+    )
+    yield _planted({name: held[name] for name in MODELS[:2]})
     yield "\n## A given model: replicates are batches, the run's are others\n"
-    base, found = given_pools(replicates, number, pools)
-    yield _false_failures({"given": Pools.of(base, found[""])})
-    yield ""
+    found = given_study(replicates, number, pools)
+    yield _false_failures({"given": Pools.of(found.base.features, found.run.features)})
+    yield "\n*Same batches*: the changed model on the baseline's batches; *other batches*: on others.\n"
+    yield _planted({"given": found}).replace(" seeds", " batches")
+
+
+def _planted(held: dict[str, Study]) -> str:
     rows = []
-    for what in PLANTED:
-        caught, right = resampled(Pools.of(base, found[what]), what)
-        rows.append([what, f"{caught:.0%}", f"{right:.0%}" if caught else "–"])
-    yield table(["regression", "caught", "of these named right"], rows)
+    for name, found in held.items():
+        for what in PLANTED:
+            same = whole(found, what, same=True, baselines=SAME)
+            other = whole(found, what, same=False)
+            alone = Pools.of(found.base.features, found.other[what].features)
+            caught, right = resampled(alone, what)
+            noise = [f"{caught:.0%}", f"{right:.0%}" if caught else "–"]
+            rows.append([name, what, *same.cells(), *other.cells(), *noise])
+    head = ["model", "regression"]
+    for kind in ("same seeds", "other seeds"):
+        head += [f"{kind}: caught", "named right", "by"]
+    return table([*head, "by noise alone: caught", "named right"], rows)
 
 
 def _false_failures(tests: dict[str, Pools]) -> str:

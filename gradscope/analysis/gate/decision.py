@@ -1,12 +1,13 @@
 """Has a run with other seeds departed from its baseline, and where: screen, confirm, name.
 
-**Screen** with five fresh replicates: a feature is flagged where p·m ≤ .05, m the number of features,
-and the change is above half the tolerance; nothing flagged passes. **Confirm** with ten further fresh
-ones, only the k flagged features: p·k ≤ .01, the same sign, a change above the tolerance. After three of
-the ten a first look ends what is clear: p·k ≤ 10⁻⁴ fails, and no feature with p ≤ .05 and the same sign
-passes. **Name** the block by the weights, forward-first; else by the activations, forward-first; else by
-the largest |t|. No single block is blamed where at least half of the blocks depart on both sides of it
-(`Place.wide`).
+**Screen** with five fresh replicates: a feature is flagged where p·m ≤ .1 and the change is above half
+the tolerance; nothing flagged passes. Half of the level goes to the features of the stream and half to
+those of the parameters, so that m is twice the number of its own: parameters are many, and blocks few.
+**Confirm** with ten further fresh ones, only the k flagged features: p·k ≤ .01, the same sign, a change
+above the tolerance. After three of the ten a first look ends what is clear: p·k ≤ 10⁻⁴ fails, and no
+feature with p ≤ .05 and the same sign passes. **Name** the block by the weights, forward-first; else by
+the activations, forward-first; else by the largest |t|. No single block is blamed where at least half of
+the blocks depart on both sides of it (`Place.wide`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ SCREEN: Final = 5
 CONFIRM: Final = 10
 #: So many of the further ones are looked at first.
 FIRST_LOOK: Final = 3
-_SCREEN_LEVEL: Final = 0.05
+_SCREEN_LEVEL: Final = 0.1
 _CONFIRM_LEVEL: Final = 0.01
 _CLEAR_LEVEL: Final = 1e-4
 _ALIVE_LEVEL: Final = 0.05
+#: Kinds of one per parameter, and the means of these.
+_OF_PARAMETERS: Final = ("param_grad ", "rms ")
 _POWER_95: Final = 1.645
 #: A block departs with others if it does so by this share of the largest change.
 COMPARABLE: Final = 0.25
@@ -49,26 +52,32 @@ class Rule:
         features: F.
         role: [F] number of each feature's role.
         smallest: [F] the smallest change worth failing for, nats.
+        tests: [F] m, what a p-value is multiplied by for the many features.
     """
 
     features: tuple[Feature, ...]
     role: npt.NDArray[np.int64]
     smallest: Floats
+    tests: Floats
 
     @classmethod
     def of(cls, features: Sequence[Feature], tolerance: Tolerance) -> Rule:
         """For these features."""
         numbers = {role: i for i, role in enumerate(dict.fromkeys(f.role for f in features))}
+        own = np.asarray([any(k in f.role for k in _OF_PARAMETERS) for f in features], dtype=np.bool_)
+        counts = [int((~own).sum()), int(own.sum())]
+        groups = sum(1 for n in counts if n)
         return cls(
             tuple(features),
             np.asarray([numbers[f.role] for f in features], dtype=np.int64),
             np.asarray([tolerance.of(f.kind, f.role) for f in features], dtype=np.float64),
+            groups * np.where(own, counts[1], counts[0]).astype(np.float64),
         )
 
     def screen(self, base: Moments, run: Moments) -> tuple[Mask, Tested]:
         """[F], which features the first fresh replicates flag."""
         tested = moderated_t(base, run, self.role)
-        clear = tested.p_value * len(self.features) <= _SCREEN_LEVEL
+        clear = tested.p_value * self.tests <= _SCREEN_LEVEL
         return clear & (np.abs(tested.change) > self.smallest / 2), tested
 
     def confirm(
@@ -107,7 +116,7 @@ class Rule:
         """
         from scipy.special import stdtrit
 
-        level = 1 - _SCREEN_LEVEL / max(len(self.features), 1) / 2
+        level = 1 - _SCREEN_LEVEL / self.tests / 2
         critical = np.asarray(stdtrit(tested.degrees, level), dtype=np.float64)
         return np.maximum(self.smallest, (critical + _POWER_95) * tested.error)
 
@@ -166,6 +175,10 @@ def name_place(
     on_blocks = [i for i in hits if features[i].block >= 0]
     largest = max((float(size[i]) for i in on_blocks), default=0.0)
     departing = frozenset(features[i].block for i in on_blocks if size[i] >= COMPARABLE * largest)
+    weights = [i for i in hits if features[i].kind == "rms"]
+    if weights and not any(features[i].block >= 0 for i in weights):
+        # What starts with other weights is a cause, and what the blocks do follows from it.
+        return Place(features[weights[0]].layer, -1, frozenset(), len(blocks))
     chosen = -1
     for kinds in (("rms",), ("act", "upd")):
         found = [i for i in on_blocks if features[i].kind in kinds]
