@@ -108,8 +108,9 @@ def test_unchanged_changed_and_accepted(
 
 
 def test_a_new_baseline_is_reported_too(folder: Path) -> None:
-    assert main([*CHECK, "--update", "--junit", "g.xml", "--markdown", "g.md"]) == 0
-    junit, comment = reports(folder)
+    words = ["--junit", "reports/new/g.xml", "--markdown", "reports/new/g.md"]
+    assert main([*CHECK, "--update", *words]) == 0
+    junit, comment = reports(folder / "reports" / "new")
     assert (junit.get("failures"), junit.get("errors")) == ("0", "0")
     assert "written to gradients.json" in comment
 

@@ -293,6 +293,53 @@ def test_a_maker_is_no_model(of_batches, baseline, given, batches, batch):
         gate.take(given, torch.zeros(3), next_token_loss)
 
 
+# -- random numbers in the forward pass -----------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3), nn.Tanh()) for _ in range(6)]
+        self.layers = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def test_other_dropout_masks_of_the_same_weights_are_no_regression(tmp_path):
+    """A constructor that draws one number more at its end leaves every parameter as it was."""
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+    def one_more() -> nn.Module:
+        model = Dropping()
+        torch.rand(1)
+        return model
+
+    path = gate.take(Dropping, x, mean_square).save(tmp_path / "dropping.json")
+    baseline = gate.Baseline.load(path)
+    same = gate.check(baseline, Dropping, x, mean_square)
+    assert (same.status, same.tier) == ("passed", "same seeds"), same
+    other = gate.check(baseline, one_more, x, mean_square)
+    assert (other.status, other.tier) == ("passed", "other seeds"), other
+    assert "from the forward pass (dropout) on" in " ".join(str(other).split())
+
+
+def test_batches_in_another_order_draw_the_same_dropout_masks():
+    torch.manual_seed(0)
+    model = Dropping()
+    batches = [torch.randn(8, 16, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    baseline = gate.take(model, batches, mean_square)
+    outcome = gate.check(baseline, model, batches[::-1], mean_square)
+    assert (outcome.status, outcome.tier) == ("passed", "same seeds"), outcome
+    assert "0.0e+00" in outcome.reason
+
+
 # -- names ---------------------------------------------------------------------------------------
 
 
@@ -384,6 +431,7 @@ def test_a_file_of_an_older_schema_is_not_read_and_may_be_replaced(baseline, tmp
         (lambda text: text.replace('"flow": [', '"flow": [1.5, '), "damaged"),
         (lambda text: text.replace('"flow": [', '"flow": ["x", '), "damaged"),
         (lambda text: "\x00\x01", "damaged"),
+        (lambda text: " \n", "empty"),
     ],
 )
 def test_a_file_that_is_not_understood_is_refused_and_kept(baseline, tmp_path, damage, said):
@@ -395,6 +443,12 @@ def test_a_file_that_is_not_understood_is_refused_and_kept(baseline, tmp_path, d
     with pytest.raises(GateError, match="not overwritten"):
         baseline.save(path)
     assert path.read_bytes() == before
+
+
+def test_a_folder_is_no_baseline(baseline, tmp_path: Path):
+    for act in (lambda: gate.Baseline.load(tmp_path), lambda: baseline.save(tmp_path)):
+        with pytest.raises(GateError, match="is a folder"):
+            act()
 
 
 def test_a_missing_file(tmp_path: Path):

@@ -59,6 +59,9 @@ def check_target(
         said = f"{type(caught).__name__}: {caught}"
         text = said if isinstance(caught, GradscopeError) else traceback.format_exc()
         result = _Result("error", said, text, f"**Gradient check: error.** {escaped(said)}\n")
+    for report in (junit, markdown):
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
     if junit is not None:
         junit.write_bytes(_junit(target, result, time.perf_counter() - begin))
     if markdown is not None:

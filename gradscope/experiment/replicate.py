@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,6 +69,7 @@ class Replicate:
         activation: checksum of each block's output; a trunk's input stands under ``input of ...``. Empty
             where no checksums were asked for.
         output_grad: the same of the gradient there.
+        random: digest of the random state that the forward pass begins with; "" where it draws nothing.
     """
 
     seed: int
@@ -75,6 +77,7 @@ class Replicate:
     parameters: dict[str, ParameterFacts]
     activation: dict[str, float]
     output_grad: dict[str, float]
+    random: str | None = None
 
 
 class Replicates:
@@ -128,8 +131,12 @@ class Replicates:
         batch = self._batch if batch is None else batch
 
         def loss(model: nn.Module, data: Any) -> Tensor:
+            before = _random_state()
             with _Listening(model, found, checksums):
-                return self._loss(model, data)
+                value = self._loss(model, data)
+            if found.random is None:
+                found.random = before if _random_state() != before else ""
+            return value
 
         given = self._make
         if isinstance(given, nn.Module):
@@ -157,6 +164,13 @@ class Replicates:
         with own_random_state():
             torch.manual_seed(seed)
             return self._make()
+
+
+def _random_state() -> str:
+    state = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state.update(torch.cuda.get_rng_state().numpy().tobytes())
+    return state.hexdigest()[:8]
 
 
 class _Listening:

@@ -117,6 +117,8 @@ class Baseline:
         nonfinite: whether any replicate had a NaN or an infinity.
         activation: block → checksum of its output in each of the first replicates.
         output_grad: the same of the gradient there.
+        random: digest of the random state that each of their forward passes begins with; empty where they
+            draw nothing, as without dropout.
     """
 
     kind: str
@@ -132,6 +134,7 @@ class Baseline:
     nonfinite: bool
     activation: Mapping[str, Sequence[float]]
     output_grad: Mapping[str, Sequence[float]]
+    random: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = {"initialisation": "initialisations", "batch": "batches of one model"}[self.kind]

@@ -41,13 +41,18 @@ def floor_of(baseline: Baseline, run: Baseline) -> float:
 
 
 def first_unpaired(baseline: Baseline, run: Baseline) -> str:
-    """The first parameter that starts with other values under the same seed; "" where all pair."""
+    """The first parameter that starts with other values under the same seed; "" where all pair.
+
+    Where both draw random numbers in the forward pass, as dropout does, these must be the same too.
+    """
     for name, old in baseline.parameters.items():
         new = run.parameters.get(name)
         if new is None or (old.constant and new.constant):
             continue
         if not same_values(old, new):
             return name
+    if any(a != b for a, b in zip(baseline.random, run.random, strict=False)):
+        return "the forward pass (dropout)"
     return ""
 
 

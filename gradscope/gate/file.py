@@ -90,12 +90,16 @@ def read(path: Path) -> Baseline:
 
 
 def _document_of(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise GateError(f"{path} is a folder; a baseline is a file.")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise GateError(f"There is no baseline {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise GateError(f"{path} cannot be read: {error}. {_ADVICE}") from error
+    if not text.strip():
+        raise GateError(f"{path} is damaged: it is empty. {_ADVICE}")
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -160,6 +164,7 @@ def _document(b: Baseline) -> dict[str, Any]:
                 parameters[owner]["block"] = feature.block
         else:
             others[feature.name] = _row(item)
+    random = {"random states": list(b.random)} if b.random else {}
     return {
         "gradscope": "baseline",
         "schema": SCHEMA,
@@ -170,6 +175,7 @@ def _document(b: Baseline) -> dict[str, Any]:
         "effective depth": [float(f"{x:.4g}") for x in b.effective_depth],
         "seeds": list(b.seeds),
         "batches": list(b.batches),
+        **random,
         "not finite": b.nonfinite,
         "skips and norms": dict(b.architecture),
         "blocks": blocks,
@@ -264,6 +270,7 @@ def _baseline(document: Mapping[str, Any]) -> Baseline:
         parameters=parameters,
         features=tuple(_features(document, blocks, count)),
         nonfinite=bool(document["not finite"]),
+        random=tuple(str(word) for word in document.get("random states", ())),
         activation={str(k): _numbers(v, count) for k, v in document["activation checksums"].items()},
         output_grad={str(k): _numbers(v, count) for k, v in document["gradient checksums"].items()},
     )

@@ -34,11 +34,15 @@ class Runs:
         self._batch = batch
         self._batches = batches
         self._digests = [digest(item)[0] for item in batches]
+        self._seed: dict[int, int] = {}
         if batches:
             known = {d: i for i, d in enumerate(baseline.batches[:PAIRED])}
             at = {known[d]: n for n, d in enumerate(self._digests) if d in known}
             self.paired = [at[i] for i in sorted(at)] if sorted(at) == list(range(len(known))) else []
             self._fresh = [n for n, d in enumerate(self._digests) if d not in set(baseline.batches)]
+            # A batch keeps its seed wherever it stands now, or dropout would draw other numbers.
+            self._seed = {n: len(baseline.seeds) + n for n in range(len(batches))}
+            self._seed |= {n: baseline.seeds[known[self._digests[n]]] for n in self.paired}
         else:
             self.paired = list(baseline.seeds[:PAIRED])
             start = max(baseline.seeds) + 1
@@ -59,7 +63,11 @@ class Runs:
         counting = counted(numbers, "gradient check: replicate", show=self._progress)
         batches = self._batches
         return [
-            self.runner.run(n, batches[n] if batches else None, checksums=n in self.paired)
+            self.runner.run(
+                self._seed[n] if batches else n,
+                batches[n] if batches else None,
+                checksums=n in self.paired,
+            )
             for n in counting
         ]
 
@@ -69,13 +77,17 @@ class Runs:
 
     def skips(self, found: Replicate) -> Mapping[str, str]:
         """The architecture table of that replicate's model."""
-        return skips(self.runner, found, self.batch(found.seed), self.loss)
+        return skips(self.runner, found, self.batch(self._number(found)), self.loss)
 
     def fresh(self, stage: int) -> list[int]:
         """The numbers of the replicates that the baseline did not see."""
         return self._fresh[:SCREEN] if stage == 0 else self._fresh[SCREEN : SCREEN + CONFIRM]
 
+    def _number(self, found: Replicate) -> int:
+        """Where its batch stands; its seed, where replicates are initialisations."""
+        return next((n for n, seed in self._seed.items() if seed == found.seed), found.seed)
+
     def observed(self, found: Sequence[Replicate]) -> Baseline:
         """What they say."""
-        names = [self._digests[r.seed] for r in found] if self._batches else []
+        names = [self._digests[self._number(r)] for r in found] if self._batches else []
         return observe(found, batch=self.first, batches=names, summary=False)

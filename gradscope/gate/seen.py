@@ -35,6 +35,8 @@ class Seen:
         nonfinite: [R], whether there was a NaN or an infinity.
         activation: [R] block → checksum.
         output_grad: [R] the same of the gradient there.
+        random: [R] digest of the random state that the forward pass begins with; "" where it draws
+            nothing.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Seen:
     nonfinite: npt.NDArray[np.bool_]
     activation: tuple[Mapping[str, float], ...]
     output_grad: tuple[Mapping[str, float], ...]
+    random: tuple[str, ...]
 
     @classmethod
     def of(cls, replicates: Sequence[Replicate], record: Record, batch: Any) -> Seen:
@@ -74,6 +77,7 @@ class Seen:
             nonfinite=np.any(bad, axis=0),
             activation=tuple(r.activation for r in replicates),
             output_grad=tuple(r.output_grad for r in replicates),
+            random=tuple(r.random or "" for r in replicates),
         )
 
     def baseline(self, rows: Sequence[int], batches: Sequence[str] = ()) -> Baseline:
@@ -102,6 +106,7 @@ class Seen:
             nonfinite=bool(self.nonfinite[list(rows)].any()),
             activation=_checksums([self.activation[i] for i in paired]),
             output_grad=_checksums([self.output_grad[i] for i in paired]),
+            random=tuple(self.random[i] for i in paired if self.random[i]),
         )
 
     def _parameter(self, name: str, rows: Sequence[int]) -> ParameterRow:
