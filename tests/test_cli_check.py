@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gradscope.analysis.gate.tolerance import DEFAULTS, EFFECTIVE_DEPTH
 from gradscope.cli import main
 
 TARGET = """
@@ -176,6 +177,13 @@ def test_wrong_usage_and_a_broken_target_are_code_2(
 ) -> None:
     assert main(words) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_help_lists_every_kind_of_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split()).partition("kinds: ")[2]
+    kinds = ", ".join([*DEFAULTS, EFFECTIVE_DEPTH])
+    assert said.startswith(kinds)
 
 
 def test_a_given_tolerance_is_the_smallest_change_that_fails(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 
+from gradscope.analysis.gate.features import KINDS
 from gradscope.analysis.wording import aligned, wrapped
 from gradscope.cli.output import columns, plain_where_needed
 from gradscope.gate import Change, Outcome, Profile
+from gradscope.gate.outcome import MEANINGS
 
 LONG = "transformer.encoder.layers.3.attention.branch.function.query.weight"
 
@@ -56,6 +59,18 @@ def test_a_pass_says_its_resolution_in_lines_of_100() -> None:
 def test_a_mean_over_blocks_names_the_layers_and_the_kind() -> None:
     change = Change(layer="rms blocks.*.query.weight", feature="mean", expected="1", obtained="2")
     assert change.row[:2] == ("blocks.*.query.weight", "mean rms")
+
+
+def test_what_a_row_is_the_logarithm_of_is_said() -> None:
+    """Each kind of feature that is shown, once; exact facts need no words."""
+    mean = Change(layer="gup blocks.*", feature="mean", expected="1", obtained="2")
+    shown = [*outcome().changes, mean, replace(mean, layer="rms blocks.*.weight")]
+    text = " ".join(str(outcome(changes=tuple(shown))).split())
+    assert text.count("rms: root mean square of a parameter") == 1
+    assert text.count("gup: what the block adds to the gradient") == 1 and "flow:" not in text
+    exact = replace(mean, layer="blocks.1.weight", feature="requires_grad")
+    assert "logarithms" not in str(outcome(changes=(exact,)))
+    assert set(MEANINGS) == set(KINDS) - {"mean"}
 
 
 def test_a_table_keeps_every_name_whole() -> None:

@@ -187,7 +187,8 @@ def command_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--fail-on",
         metavar="SPEC",
-        help="the smallest change worth failing for, such as flow:20%%,delta:.5nat,effective_depth:10%%",
+        help="the smallest change worth failing for, such as flow:20%%,delta:.5nat,effective_depth:10%%; "
+        "kinds: flow, act, upd, gup, endpoint, delta, param_grad, rms, mean, mean rms, effective_depth",
     )
     check.add_argument("--junit", type=Path, metavar="FILE", help="also write a JUnit XML report there")
     check.add_argument(

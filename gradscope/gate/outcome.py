@@ -9,10 +9,21 @@ from typing import Final
 
 from gradscope.analysis.wording import WIDTH, aligned, and_more, escaped, markdown_table, wrapped
 
-__all__ = ["Change", "Outcome", "Profile"]
+__all__ = ["MEANINGS", "Change", "Outcome", "Profile"]
 
 _HEAD: Final = ("layer", "feature", "expected", "obtained", "change", "probability")
 _ROWS: Final = 8
+#: What the kinds of feature are logarithms of.
+MEANINGS: Final = {
+    "flow": "gradient norm in front of the block over that behind it",
+    "act": "activation variance behind the block over that in front of it",
+    "upd": "what the block adds to the stream, over the stream",
+    "gup": "what the block adds to the gradient, over the gradient",
+    "endpoint": "gradient norm at the last block's output; activation variance at the first one's input",
+    "delta": "gradient norm in front of all blocks over that behind them",
+    "param_grad": "gradient norm of a parameter, over that at its block's output",
+    "rms": "root mean square of a parameter",
+}
 _BARS: Final = "▁▂▃▄▅▆▇█"
 _WIDEST: Final = 60
 
@@ -178,4 +189,8 @@ class Outcome:
                 f"resolution ({self.tier}, {self.replicates} replicates): a change of one layer is seen "
                 f"from [nat] {words}"
             )
+        features = [change.row[1].removeprefix("mean ") for change in self.changes[:_ROWS]]
+        known = [f"{kind}: {MEANINGS[kind]}" for kind in dict.fromkeys(features) if kind in MEANINGS]
+        if known:
+            lines.insert(0, f"natural logarithms of {'; '.join(known)}")
         return lines + [f"note: {note}" for note in self.notes]
