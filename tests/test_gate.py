@@ -272,6 +272,7 @@ def test_a_given_model_passes_on_its_batches_and_on_others(of_batches, given, ba
     assert (same.status, same.tier) == ("passed", "same seeds"), same
     other = gate.check(of_batches, given, batches[20:], next_token_loss)
     assert (other.status, other.tier) == ("passed", "other seeds"), other
+    assert "The same batches" in same.reason and "Other batches" in other.reason
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in given.named_parameters())
 
 
@@ -291,6 +292,19 @@ def test_a_maker_is_no_model(of_batches, baseline, given, batches, batch):
         gate.check(baseline, given, batches, next_token_loss)
     with pytest.raises(GateError, match="20 batches"):
         gate.take(given, torch.zeros(3), next_token_loss)
+
+
+def test_a_block_that_is_called_by_a_number_is_named():
+    def numbered(factor: float) -> nn.Module:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(6)))
+        with torch.no_grad():
+            model[3][0].weight.mul_(factor)  # type: ignore[index, union-attr]
+        return model
+
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    baseline = gate.take(lambda: numbered(1.0), x, mean_square, replicates=5)
+    outcome = gate.check(baseline, lambda: numbered(1.3), x, mean_square)
+    assert outcome.where == "3" and "first at 3" in outcome.reason, outcome
 
 
 # -- random numbers in the forward pass -----------------------------------------------------------

@@ -363,6 +363,9 @@ def test_it_is_on_by_installation(
     run = pytester.runpytest_subprocess(*also, "--help")
     assert run.ret == 0
     run.stdout.fnmatch_lines(["*--gradscope-update*"])
+    if not also:
+        off = pytester.runpytest_subprocess("-p", "no:gradscope.pytest_plugin", "--help")
+        off.stdout.no_fnmatch_line("*--gradscope-update*")
 
 
 def test_importing_the_plugin_costs_nothing() -> None:

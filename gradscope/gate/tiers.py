@@ -69,6 +69,10 @@ class _Check:
     runs: Runs
     tolerance: Tolerance
 
+    @property
+    def _replicates(self) -> str:
+        return "batches" if self.baseline.kind == "batch" else "seeds"
+
     def outcome(self) -> Outcome:
         """Run as many replicates as it takes."""
         paired = self.runs.paired
@@ -141,14 +145,14 @@ class _Check:
         floor = floor_of(self.baseline, run)
         if largest > floor:
             notes.append(
-                f"the same seeds differ by up to {largest:.2g} nat, more than the {floor:g} that "
-                "rounding explains, and less than the smallest change worth failing for"
+                f"the same {self._replicates} differ by up to {largest:.2g} nat, more than the {floor:g} "
+                "that rounding explains, and less than the smallest change worth failing for"
             )
         kinds = dict.fromkeys(item.feature.kind for item in self.baseline.features)
         return Outcome(
             status="passed",
-            reason="The same seeds start with the same weights, and nothing departs (largest change "
-            f"{largest:.1e} nat).",
+            reason=f"The same {self._replicates} start with the same weights, and nothing departs "
+            f"(largest change {largest:.1e} nat).",
             tier="same seeds",
             notes=tuple(notes),
             resolution={k: self.tolerance.same_seeds(k, SAME_SEEDS) for k in kinds},
@@ -167,7 +171,7 @@ class _Check:
         if not flagged.any():
             return Outcome(
                 status="passed",
-                reason="Other seeds than the baseline's, and nothing departs.",
+                reason=f"Other {self._replicates} than the baseline's, and nothing departs.",
                 tier="other seeds",
                 notes=tuple(notes),
                 resolution=_resolution(first, tested),
@@ -214,11 +218,14 @@ class _Check:
     def _failed(
         self, tier: str, where: str, changes: Sequence[Change], run: Baseline, notes: list[str]
     ) -> Outcome:
-        begins = f"first at {where}" if where and not where[0].isdigit() else f"in {where or 'the model'}"
+        begins = f"in {where or 'the model'}"
+        if where and not where.endswith(" blocks"):
+            begins = f"first at {where}"
         words = {
             "exact facts": f"An exact fact is no longer true, {begins}.",
-            "same seeds": f"The same seeds give other values, {begins}.",
-            "other seeds": f"Other seeds than the baseline's, and more than their noise, {begins}.",
+            "same seeds": f"The same {self._replicates} give other values, {begins}.",
+            "other seeds": f"Other {self._replicates} than the baseline's, and more than their noise, "
+            f"{begins}.",
         }
         return Outcome(
             status="failed",
