@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradscope
+from gradscope import statistics
 from gradscope.record import Record
 
 
@@ -443,7 +444,7 @@ def test_in_place_operations_after_a_module(how: str) -> None:
         assert_equal(value(record, name, "param_grad"), g or 0.0)
 
 
-def test_identity_and_eval_dropout_hand_on_the_same_object() -> None:
+def test_identity_and_eval_dropout_hand_on_the_same_object(monkeypatch: pytest.MonkeyPatch) -> None:
     class Passing(Block):
         def __init__(self) -> None:
             super().__init__()
@@ -458,8 +459,20 @@ def test_identity_and_eval_dropout_hand_on_the_same_object() -> None:
 
     model = stack(Passing(), Passing()).eval()
     expected = truth(model, batch())
+    measured: list[bool] = []
+    measure = statistics.measure
+
+    def counted(x: Tensor, columns: Any, **options: Any) -> Any:
+        measured.append(columns is statistics.GRADIENT)
+        return measure(x, columns, **options)
+
+    monkeypatch.setattr(statistics, "measure", counted)
     record = one_step(model)
     assert assert_true(record, expected) == 2 * (3 + 2 * 7) + 12
+    # The embedding's output is also the stream's input; in each block, the identity's and the dropout's
+    # output is its input, and that of the sequence is its last layer's. Of those one sample each.
+    samples = 2 + 2 * (3 + 1) + 1
+    assert (measured.count(False), measured.count(True)) == (samples, samples)
     assert value(record, "blocks.1.identity", "output_grad") == value(record, "blocks.0", "output_grad")
 
 

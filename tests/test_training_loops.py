@@ -156,6 +156,7 @@ def test_several_optimizers_without_a_forward_between_them_are_one_step() -> Non
             assert g is not None
             rate = 0.5 if name.startswith("blocks") else 0.125
             assert_equal(value(scope.record, name, "update", step=i), rate * g)
+    assert [s.learning_rate for s in scope.record.steps] == [0.5] * 3  # the first one's
 
 
 def test_an_optimizer_of_another_model_ends_no_step() -> None:
@@ -407,6 +408,26 @@ def test_a_step_of_the_optimizer_that_raises_spoils_only_itself() -> None:
     assert assert_true(scope.record, expected) == 52
 
 
+def test_another_optimizer_takes_over_after_one_that_raised() -> None:
+    model = stack()
+    first, second = sgd(model), sgd(model)
+    first.register_step_pre_hook(lambda *a: 1 / 0)
+    expected = []
+    with gradscope.watch(model, layers="**") as scope:
+        square_loss(model, batch(0)).backward()
+        with pytest.raises(ZeroDivisionError):
+            first.step()
+        first.zero_grad()
+        for i in range(1, 4):
+            expected.append(truth(model, batch(i)))
+            square_loss(model, batch(i)).backward()
+            second.step()
+            second.zero_grad()
+    assert len(scope.record.steps) == 3
+    for step, t in zip(scope.record.steps, expected, strict=True):
+        assert assert_true(scope.record, t, step=step.step) == 52
+
+
 @pytest.mark.parametrize("how", ["None", "zero", "data"])
 def test_gradients_thrown_away_are_of_no_step(how: str) -> None:
     model = stack()
@@ -451,6 +472,25 @@ def test_the_users_word_wins_over_optimizers() -> None:
             scope.step(loss=float(i))
             assert assert_true(scope.record, truth(pooled_at, *expected), step=i) == 52
     assert [s.loss for s in scope.record.steps] == [0.0, 1.0, 2.0]
+
+
+def test_two_steps_of_an_optimizer_are_one_by_the_users_word() -> None:
+    model = stack()
+    optimizer = sgd(model)
+    with gradscope.watch(model, layers="**") as scope:
+        scope.step()
+        for i in range(2):
+            for j in range(2):  # gradients add up over both
+                square_loss(model, batch(10 * i + j)).backward()
+                norms = {
+                    n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None
+                }
+                optimizer.step()
+            optimizer.zero_grad()
+            scope.step()
+            for name, norm in norms.items():
+                assert_equal(value(scope.record, name, "param_grad", step=i), norm)
+    assert [s.step for s in scope.record.steps] == [0, 1]
 
 
 def test_a_step_is_not_ended_twice() -> None:
@@ -534,6 +574,13 @@ def test_loss_and_learning_rate_stand_beside_steps() -> None:
     record = scope.record
     assert [s.loss for s in record.steps] == losses
     assert [s.learning_rate for s in record.steps] == [(0.5, 0.25), (0.25, 0.125), (0.125, 0.0625)]
+    with gradscope.watch(model) as scope:  # of micro-batches, the mean
+        both = [model(batch(i))["loss"] for i in range(2)]
+        sum(both).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    (step,) = scope.record.steps
+    assert step.loss is not None
+    assert_equal(step.loss, (both[0].item() + both[1].item()) / 2)
 
 
 def test_a_logged_loss_belongs_to_the_open_step() -> None:
