@@ -312,6 +312,22 @@ def test_forwards_before_backwards_of_a_pipeline_are_all_pooled() -> None:
     assert assert_true(scope.record, expected) == 52
 
 
+def test_forwards_that_all_come_first_are_steps_of_their_own() -> None:
+    """Only biases are trained: a backward pass needs none of what the steps before it have changed."""
+    model = stack()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    optimizer = sgd(model)
+    expected = [truth(model, batch(i)) for i in range(3)]
+    with gradscope.watch(model, layers="**") as scope:
+        for loss in [square_loss(model, batch(i)) for i in range(3)]:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [s.step for s in scope.record.steps] == [0, 1, 2]
+    assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [36 + 8] * 3
+
+
 def test_a_gradient_of_something_else_is_of_no_step() -> None:
     model = stack()
     optimizer = sgd(model)
