@@ -70,6 +70,23 @@ def test_a_block_is_named_though_all_in_front_of_it_depart():
     assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "blocks.9")] * 5
 
 
+@pytest.mark.parametrize(("kind", "tests"), [("upd", 2 * 12), ("param_grad", 2 * 36)])
+def test_blocks_and_parameters_share_the_level_of_the_screen_by_halves(kind, tests):
+    """12 features of blocks, 36 of parameters: flagged from the change on with p = .1/24 or .1/72."""
+    features = [Feature("upd", block, "upd blocks.*", k) for k, block in enumerate(BLOCKS)]
+    for word in ("query", "key", "value"):
+        role = f"param_grad blocks.*.{word}"
+        features += [Feature("param_grad", f"{b}.{word}", role, k) for k, b in enumerate(BLOCKS)]
+    rule = Rule.of(features, parse_tolerance("upd:.001nat,param_grad:.001nat"))
+    base = Moments(np.zeros(48), np.full(48, 0.03**2), 20)
+    at = next(i for i, f in enumerate(features) if f.kind == kind)
+    limit = stats.t.isf(0.1 / tests / 2, 33) * 0.03 * np.sqrt(1 / 20 + 1 / 5)
+    for change, expected in ((0.999 * limit, False), (1.001 * limit, True)):
+        mean = np.where(np.arange(48) == at, change, 0.0)
+        flagged, _ = rule.screen(base, Moments(mean, np.full(48, 0.03**2), 5))
+        assert flagged.tolist() == [expected and i == at for i in range(48)]
+
+
 def test_three_further_replicates_end_what_is_clear_and_leave_open_what_is_not():
     """Twelve layers of spread .03: a change of .5 nat, none, and one of .09 that three cannot tell."""
     features = tuple(Feature("upd", block, "upd blocks.*", k) for k, block in enumerate(BLOCKS))

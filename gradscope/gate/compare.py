@@ -27,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 #: bfloat16 instead of float32 6e-3.
 SAME_SEEDS: Final = 0.02
 #: Two checksums of activations or gradients within this are of the same tensor, in float32 without a
-#: change of dtype: the file keeps four digits.
+#: change of dtype: the file keeps three decimals.
 _SAME_CHECKSUM_FINE: Final = 1e-3
 _COARSE: Final = 1e-2
 _FINE: Final = 1e-4

@@ -274,8 +274,11 @@ def first_of(changes: Sequence[Change], blocks: Sequence[str]) -> str:
         return changes[0].layer if changes else ""
     forward = [c for c in inside if c.feature in ("skip and norm", "parameter", "requires_grad")]
     departing = {c.block for c in inside}
+    last = max(departing)
+    if not forward and departing == set(range(last + 1)) and last + 1 < len(blocks):
+        return blocks[last]
     if 2 * len(departing) >= len(blocks) > 1 and len({c.block for c in forward}) != 1:
         return f"{len(departing)} of {len(blocks)} blocks"
     if forward:
         return blocks[min(c.block for c in forward)]
-    return blocks[max(c.block for c in inside)]
+    return blocks[last]

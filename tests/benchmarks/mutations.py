@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
-#: The hard-case suite, in groups: a mutation is of the group whose tests can notice it.
+#: The hard-case suite and the gradient baseline, in groups: a mutation is of the group whose tests can
+#: notice it.
 TESTS: Final = {
     "eager": (
         "test_training_loops.py",
@@ -49,6 +50,7 @@ TESTS: Final = {
     ),
     "compiled": ("test_compile.py",),
     "ranks": ("test_ranks.py", "test_ranks_loops.py", "test_ranks_trouble.py"),
+    "gate": ("test_gate.py", "test_gate_parts.py", "test_gate_rates.py"),
 }
 #: A mutation that makes a test hang is noticed, too; the tests after it are not run.
 SECONDS: Final = 420
@@ -139,7 +141,7 @@ def _red(mutation: Mutation, tests: Sequence[str], *, stop: bool = False) -> lis
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for part in ("gradscope", "tests"):
-            ignored = shutil.ignore_patterns("__pycache__", "benchmarks")
+            ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, copy / part, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", copy)
         target = copy / "gradscope" / mutation.file
