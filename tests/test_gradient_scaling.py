@@ -157,6 +157,22 @@ def test_a_scaler_of_another_model_changes_nothing() -> None:
         assert scope.record.steps[i].loss_scale is None
 
 
+def test_an_overflow_of_another_model_ends_no_step() -> None:
+    model, other = stack(), stack(seed=1, dtype=torch.float32)
+    optimizer, of_other = sgd(model), sgd(other)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    expected = truth(model, batch(0), batch(1))
+    with gradscope.watch(model, layers="**") as scope:
+        square_loss(model, batch(0)).backward()
+        scaler.scale(square_loss(other, batch(2, dtype=torch.float32)) * 1e38 * 1e3).backward()
+        scaler.step(of_other)
+        scaler.update()
+        square_loss(model, batch(1)).backward()
+        optimizer.step()
+    assert len(scope.record.steps) == 1
+    assert assert_true(scope.record, expected) == 52
+
+
 def test_autocast_to_bfloat16() -> None:
     model = stack(dtype=torch.float32)
     x = batch(dtype=torch.float32)
