@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gradscope import gate
-from gradscope.analysis.gate.tolerance import DEFAULTS
+from gradscope.analysis.gate.features import Feature
+from gradscope.analysis.gate.tolerance import DEFAULTS, parse_tolerance
 from gradscope.errors import GateError
 from gradscope.experiment.replicate import Replicates
+from gradscope.gate.compare import same_seeds
 from gradscope.reference import Transformer, next_token_loss
 
 BLOCK = 3
@@ -294,6 +296,36 @@ def test_a_change_of_all_blocks_is_not_blamed_on_one(baseline, batch):
         next_token_loss,
     )
     assert outcome.where == "6 of 6 blocks"
+
+
+def shifted(baseline: gate.Baseline, by: Callable[[Feature], float]) -> gate.Baseline:
+    """The same, with features changed under the same seeds."""
+    features = [
+        replace(item, paired=tuple(x + by(item.feature) for x in item.paired))
+        for item in baseline.features
+    ]
+    return replace(baseline, features=tuple(features))
+
+
+def test_a_changed_weight_stands_before_what_it_causes(baseline):
+    size = {"rms": 0.03, "gup": 0.5, "flow": 0.2}
+    run = shifted(baseline, lambda f: size.get(f.kind, 0.0) if f.block == BLOCK else 0.0)
+    changes, place, _ = same_seeds(baseline, run, parse_tolerance(None))
+    kinds = [change.feature for change in changes]
+    assert place.layer == f"blocks.{BLOCK}"
+    assert kinds == sorted(kinds, key=("rms", "gup", "flow").index)
+
+
+def test_where_no_block_is_blamed_the_largest_change_stands_first(baseline):
+    size = {"gup": 0.2, "flow": 0.03}
+    run = shifted(
+        baseline,
+        lambda f: 0.4 if f.kind == "gup" and f.block == 4 else size.get(f.kind, 0.0) * (f.block >= 0),
+    )
+    changes, place, _ = same_seeds(baseline, run, parse_tolerance(None))
+    assert place.wide and changes[0].layer == "blocks.4"
+    found = [round(change.change, 6) for change in changes]
+    assert found == sorted(found, reverse=True)
 
 
 def test_a_tolerance_is_the_smallest_change_worth_failing_for(baseline, batch):

@@ -99,7 +99,11 @@ def same_seeds(
         place = _by_checksum(baseline, run, features, failed, place)
     order = sorted(
         np.flatnonzero(failed).tolist(),
-        key=lambda i: (changes[i].block != place.block, features[i].kind != "rms", -size[i]),
+        key=lambda i: (
+            not place.wide and changes[i].block != place.block,
+            features[i].kind != "rms",
+            -size[i],
+        ),
     )
     return [changes[i] for i in order], place, float(size.max(initial=0.0))
 
@@ -189,7 +193,7 @@ class OtherSeeds:
         at = sorted(
             np.flatnonzero(failed).tolist(),
             key=lambda i: (
-                features[i].block != place.block,
+                not place.wide and features[i].block != place.block,
                 features[i].kind != "rms",
                 -abs(float(tested.t[i])),
             ),
