@@ -219,12 +219,12 @@ def hooks_of(model: nn.Module) -> list[int]:
 def no_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """gradscope hides its own errors from the training; where this is imported, they are heard."""
     heard: list[BaseException] = []
-    original = Recorder._fault
+    original = Recorder.note_fault
 
     def fault(self: Recorder, site: int, error: Exception, *others: Any) -> None:
         heard.append(error)
         original(self, site, error, *others)
 
-    monkeypatch.setattr(Recorder, "_fault", fault)
+    monkeypatch.setattr(Recorder, "note_fault", fault)
     yield
     assert not heard, heard

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -21,6 +22,8 @@ from small_models import no_faults as no_faults  # a fixture of every test here
 from torch import Tensor, nn
 
 import gradscope
+from gradscope.collect import quick
+from gradscope.collect.schedule import Schedule
 from gradscope.record import Record
 
 WIDTH = 4
@@ -331,6 +334,39 @@ QUIET: dict[str, Any] = {
 @given(RECIPES, LOOPS)
 def test_random_models_in_random_loops(recipe: Recipe, loop: Loop) -> None:
     checked(recipe, loop)
+
+
+@pytest.mark.skipif(quick._native is None, reason="the extension module was not built")
+def test_random_models_in_ordinary_steps() -> None:
+    """The same where the quick way takes what it can: float32, without slow statistics."""
+    taken = {"forward": 0, "gradient": 0}
+
+    @settings(max_examples=60, **QUIET)
+    @given(RECIPES, LOOPS)
+    def check(recipe: Recipe, loop: Loop) -> None:
+        checked(recipe, replace(loop, dtype=torch.float32))
+
+    class Counted:
+        def __init__(self, **options: Any) -> None:
+            self._way = made_by(**options)
+
+        def __getattr__(self, name: str) -> Any:
+            method = getattr(self._way, name)
+
+            def counted(*args: Any) -> Any:
+                found = method(*args)
+                if found and name in taken:
+                    taken[name] += 1
+                return found
+
+            return counted
+
+    made_by = quick._native.Quick
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Schedule, "slow", lambda self, step: False)
+        patch.setattr(quick, "_native", SimpleNamespace(Quick=Counted))
+        check()
+    assert taken["forward"] > 200 and taken["gradient"] > 200, taken
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gradscope.collect.passes import Call, Pass, Slot
+from gradscope.collect.passes import Call, Pass
 from gradscope.record import Step
 
 __all__ = ["OpenStep"]
@@ -23,7 +23,6 @@ class OpenStep:
         began_s: when it began, by `time.perf_counter`; None before its first forward.
         stepped: whether its optimizers have stepped: the next forward begins another step.
         loss: the loss by the user's word.
-        arrived: its samples in the order in which their gradients came.
         settled: whether the ranks have met at its end.
         pooled: the step with the values of all ranks, once they have.
     """
@@ -34,7 +33,6 @@ class OpenStep:
     began_s: float | None = None
     stepped: bool = False
     loss: float | None = None
-    arrived: list[Slot] = field(default_factory=list)
     settled: bool = False
     pooled: Step | None = None
 
@@ -90,8 +88,9 @@ class OpenStep:
         """The calls whose activations or output gradients came, in the order in which they did."""
         calls = [c for p in self.passes for c in p.calls]
         if signal == "output_grad":
-            owner = {id(s): c for c in reversed(calls) for s in c.slots}
-            return [owner[id(s)] for s in self.arrived if id(s) in owner]
+            owner = {id(s): (s.arrival, c) for c in reversed(calls) for s in c.slots}
+            came = [(arrival, call) for arrival, call in owner.values() if arrival is not None]
+            return [call for _, call in sorted(came, key=lambda pair: pair[0])]
         return calls if signal == "activation" else []
 
     def passes_that_count(self) -> list[Pass]:

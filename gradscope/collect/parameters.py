@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -120,15 +120,15 @@ class Parameters:
     def read_gradients(self, scale: float | Tensor | None) -> Readings:
         """The norms of all ``.grad`` as they are now, or why there is none; of shards, this rank's."""
         readings = Readings(scale=scale)
-        count = len(self.entries)
-        values = {name: [math.nan] * count for name in PARAM_GRAD}
+        values: dict[str, list[Any]] = {name: [math.nan] * len(self.entries) for name in PARAM_GRAD}
+        elements, norms, bad = values["count"], values["l2"], values["nonfinite"]
         present: list[int] = []
         whole: list[Tensor] = []
         for i, parameter in enumerate(self.tensors()):
             if parameter is None:
                 readings.absent[i] = "not called"
                 continue
-            values["count"][i] = float(parameter.numel())
+            elements[i] = float(parameter.numel())
             gradient = parameter.grad
             if not parameter.requires_grad:
                 readings.absent[i] = "frozen"
@@ -138,17 +138,20 @@ class Parameters:
                 present.append(i)
                 whole.append(gradient)
         gradients = [local(gradient) for gradient in whole]
-        readings.gradient = values  # type: ignore[assignment]
-        norms = statistics.norms(gradients)
-        for i, full, gradient, norm in zip(present, whole, gradients, norms, strict=True):
-            readings.gradient["l2"][i] = norm
-            bad = statistics.nonfinite(gradient, norm)
-            readings.gradient["nonfinite"][i] = math.nan if isinstance(bad, Absent) else bad
+        readings.gradient = values
+        for i, gradient, norm in zip(present, gradients, statistics.norms(gradients), strict=True):
+            norms[i] = norm
+            if type(norm) is float and math.isfinite(norm):
+                bad[i] = 0.0
+            else:
+                count = statistics.nonfinite(gradient, norm)
+                bad[i] = math.nan if isinstance(count, Absent) else count
+        for n, i in enumerate(present):
             packing = self.entries[i].packing
-            if packing is not None and gradient.layout == torch.strided:
-                parts = statistics.norms(thirds(full, packing))
+            if packing is not None and gradients[n].layout == torch.strided:
+                parts = statistics.norms(thirds(whole[n], packing))
                 for name, part in zip(_THIRDS, parts, strict=True):
-                    readings.gradient[name][i] = part
+                    values[name][i] = part
         return readings
 
     def norms(self, indices: list[int], *, gradient: bool = False) -> dict[int, Value]:
@@ -174,14 +177,16 @@ class Parameters:
 
     def changes(self, before: dict[int, Tensor]) -> dict[int, Value]:
         """Norms of the change of each parameter since its snapshot, which is used up."""
-        found: dict[int, Value] = {}
         everything = self.tensors()
-        for i in list(before):
+        now: dict[int, Tensor] = {}
+        for i, snapshot in before.items():
             parameter = everything[i]
-            now = None if parameter is None else local(parameter.detach())
-            if now is not None and now.shape == before[i].shape:
-                found[i] = statistics.distance(before.pop(i), now)
-        return found
+            tensor = None if parameter is None else local(parameter.detach())
+            if tensor is not None and tensor.shape == snapshot.shape:
+                now[i] = tensor
+        distances = statistics.distances([before[i] for i in now], list(now.values()))
+        before.clear()
+        return dict(zip(now, distances, strict=True))
 
 
 def _parameter(module: nn.Module, attribute: str) -> Tensor | None:

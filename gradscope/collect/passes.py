@@ -7,6 +7,7 @@ slow statistics, the trunk's input until the end of the forward pass (for `input
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from gradscope.statistics import Values
 
-__all__ = ["LAST", "PAIR", "Call", "Pass", "Slot", "TrunkPass"]
+__all__ = ["ARRIVALS", "LAST", "PAIR", "Call", "Pass", "Slot", "TrunkPass"]
 
 PAIR: Final = ("dot_next", "diff_next_l2")
+#: Numbers the gradients of this process in the order in which they come.
+ARRIVALS: Final = itertools.count()
 LAST: Final = "not supported: the last position has no next"
 
 
@@ -32,6 +35,7 @@ class Slot:
 
     Of calls in a compiled graph there are rows of numbers first (`gradscope.collect.traced`): ``source``
     is where they come from, ``traced`` what the forward wrote, ``traced_gradient`` what the backward did.
+    ``arrival`` orders the slots by when their gradients came.
     """
 
     site: int
@@ -51,6 +55,7 @@ class Slot:
     source: Any = None
     traced: Any = None
     traced_gradient: Any = None
+    arrival: int | None = None
 
     @property
     def written(self) -> bool:
@@ -128,7 +133,8 @@ class Pass:
 
     ``within`` counts the calls of the model by itself that run now. ``thread`` is the one that its
     forward runs in. ``views`` are the samples of views. ``accumulated`` says that a backward pass through
-    it wrote to ``.grad``; ``graph`` holds weak references to hooks that live as long as its graph.
+    it wrote to ``.grad``; ``graph`` holds weak references to hooks that live as long as its graph;
+    ``closed`` that its step is over, or that it is of none.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -147,6 +153,7 @@ class Pass:
     accumulated: bool = False
     graph: list[weakref.ref[Any]] = field(default_factory=list)
     thread: int = field(default_factory=threading.get_ident)
+    closed: bool = False
 
     @property
     def mine(self) -> bool:
@@ -198,6 +205,7 @@ class Pass:
 
     def close(self) -> None:
         """Its step is over: let go of its tensors, and take its hooks off leaves."""
+        self.closed = True
         self._settle_views()
         for state in self.trunks.values():
             state.drop()

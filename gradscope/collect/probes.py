@@ -94,8 +94,15 @@ class ForwardProbe(_Probe):
             self.traced.measure(output)
             return
         recorder = self._recorder()
-        if recorder is not None and recorder.listening:
-            recorder.guarded(self.site, recorder.on_forward, self.site, args, kwargs, output)
+        if recorder is None or not recorder.listening:
+            return
+        try:
+            if recorder.quick is not None and recorder.quick.forward(self.site, output):
+                return
+        except Exception as error:
+            recorder.note_fault(self.site, error)
+            return
+        recorder.guarded(self.site, recorder.on_forward, self.site, args, kwargs, output)
 
 
 class BlockInputProbe(_Probe):
@@ -114,9 +121,15 @@ class BlockInputProbe(_Probe):
                 self.traced.measure((args, kwargs))
             return None
         recorder = self._recorder()
-        if recorder is not None and recorder.listening:
-            return recorder.guarded(self.site, recorder.on_block_input, self.site, args, kwargs)
-        return None
+        if recorder is None or not recorder.listening:
+            return None
+        try:
+            if recorder.quick is not None and recorder.quick.skips(self.site):
+                return None
+        except Exception as error:
+            recorder.note_fault(self.site, error)
+            return None
+        return recorder.guarded(self.site, recorder.on_block_input, self.site, args, kwargs)
 
 
 class RootStartProbe(_Probe):
@@ -163,11 +176,18 @@ class GradientProbe(_Probe):
     def __call__(self, grad: Tensor | None) -> None:
         """Hand the gradient to the recorder."""
         recorder = self._recorder()
-        if recorder is not None and grad is not None:
-            # The hook may sit on the base of a view, which has another shape.
-            if grad.shape != self.shape:
-                grad = grad.reshape(self.shape)
-            recorder.guarded(self.site, recorder.on_gradient, self.slot, grad)
+        if recorder is None or grad is None:
+            return
+        try:
+            if recorder.quick is not None and recorder.quick.gradient(self, grad):
+                return
+        except Exception as error:
+            recorder.note_fault(self.site, error, self.slot)
+            return
+        # The hook may sit on the base of a view, which has another shape.
+        if grad.shape != self.shape:
+            grad = grad.reshape(self.shape)
+        recorder.guarded(self.site, recorder.on_gradient, self.slot, grad)
 
 
 class BackwardProbe(_Probe):

@@ -27,7 +27,7 @@ from gradscope.collect.faults import Faults
 from gradscope.collect.findings import Findings
 from gradscope.collect.open_step import OpenStep
 from gradscope.collect.parts import Options, Parts
-from gradscope.collect.passes import Pass, Slot
+from gradscope.collect.passes import ARRIVALS, Pass, Slot
 from gradscope.collect.ranks import Ranks
 from gradscope.collect.scaling import ScaledBackwards
 from gradscope.collect.schedule import Schedule
@@ -137,6 +137,7 @@ class Recorder:
         self._structure = parts.structure
         self._assembler = parts.assembler
         self._sampler = parts.sampler
+        self.quick = parts.sampler.quick
         self._accumulation = parts.accumulation
         self._optimizers = parts.optimizers
         self._traced = parts.traced
@@ -201,7 +202,7 @@ class Recorder:
             return function(*args)
         except Exception as error:
             slot = next((a for a in args if isinstance(a, Slot)), None)
-            self._fault(site, error, slot)
+            self.note_fault(site, error, slot)
             return None
         finally:
             torch._C._set_grad_enabled(mode)
@@ -211,7 +212,8 @@ class Recorder:
         """Whether the code that this thread's handler was called from runs with grad."""
         return getattr(self._here, "grad_mode", True)
 
-    def _fault(self, site: int, error: Exception, slot: Slot | None = None) -> None:
+    def note_fault(self, site: int, error: Exception, slot: Slot | None = None) -> None:
+        """An error of gradscope's own in a handler: count it, and warn of it once."""
         self._faults.note(site, error, slot=slot, during=self._step.newest)
 
     @property
@@ -247,10 +249,12 @@ class Recorder:
             try:
                 p.valid = valid_positions(self._mask, self._model(), args, kwargs)
             except Exception as error:
-                self._fault(-1, error)
+                self.note_fault(-1, error)
                 p.error = f"error: mask: {error}"
             self._mask_seen = self._mask_seen or p.valid is not None
             self._sampler.masked = p.valid is None
+        if self._step.recording:
+            self._sampler.begin_forward(p)
 
     def _calls_itself(self) -> bool:
         """Whether the forward that begins is called by another one of the model that still runs.
@@ -303,7 +307,7 @@ class Recorder:
         recording = self.schedule.records(self.index)
         self._step.begin(recording=recording)
         # What the graph proves about blocks and branches was seen on others.
-        self._sampler.slow = recording and (self._changed or self.schedule.slow(self.index))
+        self._sampler.begin_step(slow=recording and (self._changed or self.schedule.slow(self.index)))
         self._changed = self._changed and not recording
         model = self._model()
         if model is not None:
@@ -328,6 +332,7 @@ class Recorder:
             self._step.forget([p])  # the forward raised: half a record is no record
             return
         p.root_open = False
+        self._sampler.end_forward()
         if not self._step.recording:
             return
         for tensor in probes.tensors_in(output):
@@ -396,7 +401,7 @@ class Recorder:
             return
         self.reached = True
         if slot.backward is None:
-            self._step.arrived.append(slot)
+            slot.arrival = next(ARRIVALS)
         self._sampler.gradient(slot, grad, p, probes.backward_id())
 
     def on_backward_start(self, p: Pass) -> bool:
@@ -583,7 +588,7 @@ class Recorder:
         try:
             self._finish_step()
         except Exception as error:
-            self._fault(-1, error)
+            self.note_fault(-1, error)
 
     def _finish_step(self) -> None:
         try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradscope import statistics
 from gradscope.collect import graph, probes
 from gradscope.collect.passes import LAST, PAIR, Call, Pass, Slot, TrunkPass
+from gradscope.collect.quick import quick_way
 from gradscope.layers import Layer
 from gradscope.statistics import ACTIVATION, BRANCH, GRADIENT, SLOW_PAIR, Absent, Value
 
@@ -47,6 +48,7 @@ class Sampler:
     Attributes:
         masked: whether the mask had the shape of any tensor of this pass.
         slow: whether this step gets the slow statistics and the proofs on the graph.
+        quick: the quick way for what most hooks see, see `quick_way`; None where there is none.
         verified: for each branch, whether the graph showed that its output is added to the stream.
     """
 
@@ -79,6 +81,41 @@ class Sampler:
         self._block_of_branch = {
             s: block.get((x.trunk, x.block)) for s, x in enumerate(layers) if x.branch is not None
         }
+        self.quick = quick_way(
+            recorder,
+            layers,
+            parents=self._block_of_branch,
+            linear=linear,
+            wanted=wanted,
+            proofs=self._proofs,
+            recomputed=self._recomputed,
+            dtypes=self.dtypes,
+            on_autocast=self._note_autocast,
+        )
+
+    def begin_step(self, *, slow: bool) -> None:
+        """A step begins, with slow statistics or without."""
+        self.slow = slow
+        if self.quick is not None:
+            self.quick.set_slow(slow)
+
+    def begin_forward(self, p: Pass) -> None:
+        """A recorded forward of the watched model begins in this thread."""
+        if self.quick is None:
+            return
+        if p.valid is None and p.error is None:
+            self.quick.begin(p, self.slow)
+        else:
+            self.quick.end()
+
+    def end_forward(self) -> None:
+        """The forward has come to its end."""
+        if self.quick is not None:
+            self.quick.end()
+
+    def _note_autocast(self, tensor: Tensor) -> None:
+        if torch.is_autocast_enabled(tensor.device.type):
+            self.autocast_dtypes.add(torch.get_autocast_dtype(tensor.device.type))
 
     # -- forward -------------------------------------------------------------------------------------
 
@@ -252,8 +289,8 @@ class Sampler:
             wanted=self._wanted,
         )
         self.dtypes.add(tensor.dtype)
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(tensor.device.type):
-            self.autocast_dtypes.add(torch.get_autocast_dtype(tensor.device.type))
+        if torch._C._is_any_autocast_enabled():
+            self._note_autocast(tensor)
         slot = Slot(site, values, absent, stream=state is not None, trunk=state, owner=p)
         if tensor.requires_grad:
             self._hook(tensor, slot)

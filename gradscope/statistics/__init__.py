@@ -14,10 +14,10 @@ To add a statistic: one entry in `gradscope.record.STATISTICS` and one function,
 """
 
 from gradscope.statistics import slow as slow  # registers its kernels
-from gradscope.statistics.measurement import ACTIVATION, GRADIENT, Values, measure
+from gradscope.statistics.measurement import ACTIVATION, GRADIENT, Values, measure, ordinary_absences
 from gradscope.statistics.moments import (
     difference_norm,
-    distance,
+    distances,
     inner_product,
     nonfinite,
     norms,
@@ -48,7 +48,7 @@ __all__ = [
     "Value",
     "Values",
     "difference_norm",
-    "distance",
+    "distances",
     "inner_product",
     "kernel",
     "measure",
@@ -56,6 +56,7 @@ __all__ = [
     "measure_pair",
     "nonfinite",
     "norms",
+    "ordinary_absences",
     "pair_kernel",
     "pool",
     "relate",

@@ -1,348 +1,13 @@
-/* One pass over a tensor on a CPU instead of one per statistic, with sums in double.
- *
- * Optional: gradscope.statistics.one_pass falls back on torch's own operations where this was not built.
- * Every function takes the address of contiguous memory as an integer, float32 or bfloat16, and reads it
- * only; the caller keeps the tensor alive. A double holds the squares, and the fourth powers, of all
- * float32 numbers, so that nothing here leaves the range.
- *
- * The inner loops run over LANES independent accumulators, which a compiler turns into vector
- * instructions without being allowed to reorder sums.
+/* What gradscope.statistics.one_pass calls. Optional: it falls back on torch's own operations where this
+ * was not built. Every function takes the address of contiguous memory as an integer and reads it only; the
+ * caller keeps the tensor alive.
  */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#define LANES 16
-#define ROW_LANES 8
-#define CHUNK ((size_t)1 << 20)   /* so many elements are counted in 32 bits */
-#define RELEASE ((size_t)1 << 16) /* from so many on other threads may run meanwhile */
-#define INFINITY_BITS 0x7f800000
-
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTOR
-#endif
-
-typedef uint16_t bf16;
-
-static inline int32_t bits_f32(const float *x) {
-    int32_t bits;
-    memcpy(&bits, x, sizeof bits);
-    return bits;
-}
-
-static inline int32_t bits_bf16(const bf16 *x) { return (int32_t)((uint32_t)*x << 16); }
-
-static inline float load_f32(const float *x) { return *x; }
-
-static inline float load_bf16(const bf16 *x) {
-    int32_t bits = bits_bf16(x);
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-typedef struct {
-    double sum, squares;
-    int64_t zeros, nonfinite;
-    float absmax;
-} Moments;
-
-typedef struct {
-    double dot, difference;
-} Pair;
-
-typedef struct {
-    double fourth, within, direction, centred, input;
-    int64_t zero, zero_input;
-} Rows;
-
-typedef struct {
-    double cosine, angle, ratio, change_cosine;
-    int64_t zero, zero_next, zero_change;
-} PairRows;
-
-#define FUNCTIONS(T, SUFFIX)                                                                            \
-    VECTOR static void moments_##SUFFIX(const T *x, size_t n, Moments *out) {                          \
-        double sum[LANES] = {0}, squares[LANES] = {0};                                                 \
-        int32_t top[LANES] = {0};                                                                      \
-        int64_t zeros = 0;                                                                             \
-        size_t i = 0;                                                                                  \
-        while (i + LANES <= n) {                                                                       \
-            size_t stop = n - i > CHUNK ? i + CHUNK : n;                                               \
-            int32_t none[LANES] = {0};                                                                 \
-            for (; i + LANES <= stop; i += LANES)                                                      \
-                for (int k = 0; k < LANES; k++) {                                                      \
-                    double value = (double)load_##SUFFIX(x + i + k);                                   \
-                    int32_t size = bits_##SUFFIX(x + i + k) & 0x7fffffff;                              \
-                    sum[k] += value;                                                                   \
-                    squares[k] += value * value;                                                       \
-                    top[k] = size > top[k] ? size : top[k];                                            \
-                    none[k] += size == 0;                                                              \
-                }                                                                                      \
-            for (int k = 0; k < LANES; k++) zeros += none[k];                                          \
-        }                                                                                              \
-        for (; i < n; i++) {                                                                           \
-            double value = (double)load_##SUFFIX(x + i);                                               \
-            int32_t size = bits_##SUFFIX(x + i) & 0x7fffffff;                                          \
-            sum[0] += value;                                                                           \
-            squares[0] += value * value;                                                               \
-            top[0] = size > top[0] ? size : top[0];                                                    \
-            zeros += size == 0;                                                                        \
-        }                                                                                              \
-        int32_t most = 0;                                                                              \
-        out->sum = out->squares = 0;                                                                   \
-        for (int k = 0; k < LANES; k++) {                                                              \
-            out->sum += sum[k];                                                                        \
-            out->squares += squares[k];                                                                \
-            most = top[k] > most ? top[k] : most;                                                      \
-        }                                                                                              \
-        out->zeros = zeros;                                                                            \
-        out->nonfinite = 0;                                                                            \
-        memcpy(&out->absmax, &most, sizeof most);                                                      \
-        if (most >= INFINITY_BITS)                                                                     \
-            for (i = 0; i < n; i++)                                                                    \
-                out->nonfinite += (bits_##SUFFIX(x + i) & 0x7fffffff) >= INFINITY_BITS;                \
-    }                                                                                                  \
-                                                                                                       \
-    VECTOR static double squares_##SUFFIX(const T *x, size_t n) {                                      \
-        double lanes[LANES] = {0}, total = 0;                                                          \
-        size_t i = 0;                                                                                  \
-        for (; i + LANES <= n; i += LANES)                                                             \
-            for (int k = 0; k < LANES; k++) {                                                          \
-                double value = (double)load_##SUFFIX(x + i + k);                                       \
-                lanes[k] += value * value;                                                             \
-            }                                                                                          \
-        for (; i < n; i++) total += (double)load_##SUFFIX(x + i) * (double)load_##SUFFIX(x + i);       \
-        for (int k = 0; k < LANES; k++) total += lanes[k];                                             \
-        return total;                                                                                  \
-    }                                                                                                  \
-                                                                                                       \
-    VECTOR static void pair_##SUFFIX(const T *x, const T *y, size_t n, Pair *out) {                    \
-        double dot[LANES] = {0}, difference[LANES] = {0};                                              \
-        size_t i = 0;                                                                                  \
-        for (; i + LANES <= n; i += LANES)                                                             \
-            for (int k = 0; k < LANES; k++) {                                                          \
-                double a = (double)load_##SUFFIX(x + i + k), b = (double)load_##SUFFIX(y + i + k);     \
-                dot[k] += a * b;                                                                       \
-                difference[k] += (a - b) * (a - b);                                                    \
-            }                                                                                          \
-        for (; i < n; i++) {                                                                           \
-            double a = (double)load_##SUFFIX(x + i), b = (double)load_##SUFFIX(y + i);                 \
-            dot[0] += a * b;                                                                           \
-            difference[0] += (a - b) * (a - b);                                                        \
-        }                                                                                              \
-        out->dot = out->difference = 0;                                                                \
-        for (int k = 0; k < LANES; k++) {                                                              \
-            out->dot += dot[k];                                                                        \
-            out->difference += difference[k];                                                          \
-        }                                                                                              \
-    }                                                                                                  \
-                                                                                                       \
-    /* One position: sum of squares, fourth powers, and squares about the mean. */                     \
-    VECTOR static double row_##SUFFIX(const T *x, size_t d, double *fourth, double *within) {          \
-        double squares[ROW_LANES] = {0}, fourths[ROW_LANES] = {0}, sums[ROW_LANES] = {0};              \
-        size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double value = (double)load_##SUFFIX(x + i + k);                                       \
-                double square = value * value;                                                         \
-                squares[k] += square;                                                                  \
-                fourths[k] += square * square;                                                         \
-                sums[k] += value;                                                                      \
-            }                                                                                          \
-        for (; i < d; i++) {                                                                           \
-            double value = (double)load_##SUFFIX(x + i);                                               \
-            double square = value * value;                                                             \
-            squares[0] += square;                                                                      \
-            fourths[0] += square * square;                                                             \
-            sums[0] += value;                                                                          \
-        }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) {                                                          \
-            squares[0] += squares[k];                                                                  \
-            fourths[0] += fourths[k];                                                                  \
-            sums[0] += sums[k];                                                                        \
-        }                                                                                              \
-        *fourth += fourths[0];                                                                         \
-        *within += squares[0] - sums[0] * sums[0] / (double)d;                                         \
-        return squares[0];                                                                             \
-    }                                                                                                  \
-                                                                                                       \
-    VECTOR static double product_##SUFFIX(const T *x, const T *y, size_t d) {                          \
-        double lanes[ROW_LANES] = {0};                                                                 \
-        size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++)                                                        \
-                lanes[k] += (double)load_##SUFFIX(x + i + k) * (double)load_##SUFFIX(y + i + k);       \
-        for (; i < d; i++) lanes[0] += (double)load_##SUFFIX(x + i) * (double)load_##SUFFIX(y + i);    \
-        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
-        return lanes[0];                                                                               \
-    }                                                                                                  \
-                                                                                                       \
-    /* Adds a token to its sequence: its direction, and its difference to the first token. */          \
-    VECTOR static double token_##SUFFIX(const T *x, const T *first, size_t d, double inverse,          \
-                                        double *direction, double *sum) {                              \
-        double lanes[ROW_LANES] = {0};                                                                 \
-        size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double value = (double)load_##SUFFIX(x + i + k);                                       \
-                double less = value - (double)load_##SUFFIX(first + i + k);                            \
-                direction[i + k] += value * inverse;                                                   \
-                sum[i + k] += less;                                                                    \
-                lanes[k] += less * less;                                                               \
-            }                                                                                          \
-        for (; i < d; i++) {                                                                           \
-            double value = (double)load_##SUFFIX(x + i);                                               \
-            double less = value - (double)load_##SUFFIX(first + i);                                    \
-            direction[i] += value * inverse;                                                           \
-            sum[i] += less;                                                                            \
-            lanes[0] += less * less;                                                                   \
-        }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
-        return lanes[0];                                                                               \
-    }                                                                                                  \
-                                                                                                       \
-    /* [sequences, tokens, d]; token t of sequence b is row b * by_sequence + t * by_token. */         \
-    static void rows_##SUFFIX(const T *x, const T *input, size_t sequences, size_t tokens, size_t d,   \
-                              size_t by_sequence, size_t by_token, double *scratch, Rows *out) {       \
-        double *direction = scratch, *sum = scratch + d;                                               \
-        memset(out, 0, sizeof *out);                                                                   \
-        for (size_t b = 0; b < sequences; b++) {                                                       \
-            const T *first = x + b * by_sequence * d;                                                  \
-            double apart = 0, total = 0, mean = 0;                                                     \
-            memset(scratch, 0, 2 * d * sizeof *scratch);                                               \
-            for (size_t t = 0; t < tokens; t++) {                                                      \
-                size_t at = (b * by_sequence + t * by_token) * d;                                      \
-                double squares = row_##SUFFIX(x + at, d, &out->fourth, &out->within);                  \
-                double length = sqrt(squares);                                                         \
-                out->zero += squares == 0;                                                             \
-                if (tokens > 1)                                                                        \
-                    apart += token_##SUFFIX(x + at, first, d, 1 / length, direction, sum);             \
-                if (input) {                                                                           \
-                    double own = squares_##SUFFIX(input + at, d);                                      \
-                    out->zero_input += own == 0;                                                       \
-                    out->input += product_##SUFFIX(x + at, input + at, d) / (length * sqrt(own));      \
-                }                                                                                      \
-            }                                                                                          \
-            for (size_t i = 0; i < d; i++) {                                                           \
-                total += direction[i] * direction[i];                                                  \
-                mean += sum[i] * sum[i];                                                               \
-            }                                                                                          \
-            out->direction += total;                                                                   \
-            out->centred += apart - mean / (double)tokens;                                             \
-        }                                                                                              \
-    }                                                                                                  \
-                                                                                                       \
-    /* Sum of the squares of sum_b x[outer, b, inner]. */                                              \
-    VECTOR static double together_##SUFFIX(const T *x, size_t outer, size_t samples, size_t inner) {   \
-        double total = 0;                                                                              \
-        for (size_t o = 0; o < outer; o++) {                                                           \
-            const T *start = x + o * samples * inner;                                                  \
-            size_t i = 0;                                                                              \
-            for (; i + LANES <= inner; i += LANES) {                                                   \
-                double sum[LANES] = {0};                                                               \
-                for (size_t b = 0; b < samples; b++)                                                   \
-                    for (int k = 0; k < LANES; k++)                                                    \
-                        sum[k] += (double)load_##SUFFIX(start + b * inner + i + k);                    \
-                for (int k = 0; k < LANES; k++) total += sum[k] * sum[k];                              \
-            }                                                                                          \
-            for (; i < inner; i++) {                                                                   \
-                double sum = 0;                                                                        \
-                for (size_t b = 0; b < samples; b++) sum += (double)load_##SUFFIX(start + b * inner + i); \
-                total += sum * sum;                                                                    \
-            }                                                                                          \
-        }                                                                                              \
-        return total;                                                                                  \
-    }                                                                                                  \
-                                                                                                       \
-    /* |h|^2, |h'|^2, |F|^2, <F, h> of one position, F = h' - h or (a branch) what was given. */       \
-    VECTOR static void change_##SUFFIX(const T *h, const T *y, size_t d, double branch,                \
-                                       double out[4]) {                                                \
-        double here[ROW_LANES] = {0}, next[ROW_LANES] = {0}, change[ROW_LANES] = {0},                  \
-               product[ROW_LANES] = {0};                                                               \
-        size_t i = 0;                                                                                  \
-        double keep = branch ? 0.0 : 1.0;                                                              \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double a = (double)load_##SUFFIX(h + i + k), b = (double)load_##SUFFIX(y + i + k);     \
-                double f = b - keep * a;                                                               \
-                here[k] += a * a;                                                                      \
-                next[k] += b * b;                                                                      \
-                change[k] += f * f;                                                                    \
-                product[k] += f * a;                                                                   \
-            }                                                                                          \
-        for (; i < d; i++) {                                                                           \
-            double a = (double)load_##SUFFIX(h + i), b = (double)load_##SUFFIX(y + i);                 \
-            double f = b - keep * a;                                                                   \
-            here[0] += a * a;                                                                          \
-            next[0] += b * b;                                                                          \
-            change[0] += f * f;                                                                        \
-            product[0] += f * a;                                                                       \
-        }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) {                                                          \
-            here[0] += here[k];                                                                        \
-            next[0] += next[k];                                                                        \
-            change[0] += change[k];                                                                    \
-            product[0] += product[k];                                                                  \
-        }                                                                                              \
-        out[0] = here[0];                                                                              \
-        out[1] = next[0];                                                                              \
-        out[2] = change[0];                                                                            \
-        out[3] = product[0];                                                                           \
-    }                                                                                                  \
-                                                                                                       \
-    /* |F - p h|^2 of one position. */                                                                 \
-    VECTOR static double across_##SUFFIX(const T *h, const T *y, size_t d, double keep, double p) {    \
-        double lanes[ROW_LANES] = {0};                                                                 \
-        size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double a = (double)load_##SUFFIX(h + i + k);                                           \
-                double left = (double)load_##SUFFIX(y + i + k) - keep * a - p * a;                     \
-                lanes[k] += left * left;                                                               \
-            }                                                                                          \
-        for (; i < d; i++) {                                                                           \
-            double a = (double)load_##SUFFIX(h + i);                                                   \
-            double left = (double)load_##SUFFIX(y + i) - keep * a - p * a;                             \
-            lanes[0] += left * left;                                                                   \
-        }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
-        return lanes[0];                                                                               \
-    }                                                                                                  \
-                                                                                                       \
-    static void pair_rows_##SUFFIX(const T *h, const T *y, size_t rows, size_t d, int branch,          \
-                                   PairRows *out) {                                                    \
-        memset(out, 0, sizeof *out);                                                                   \
-        for (size_t r = 0; r < rows; r++) {                                                            \
-            double found[4];                                                                           \
-            change_##SUFFIX(h + r * d, y + r * d, d, branch, found);                                   \
-            double length = sqrt(found[0]), change = sqrt(found[2]);                                   \
-            out->zero += found[0] == 0;                                                                \
-            out->zero_next += found[1] == 0;                                                           \
-            out->zero_change += found[2] == 0;                                                         \
-            out->ratio += change / length;                                                             \
-            out->change_cosine += found[3] / (length * change);                                        \
-            if (!branch) {                                                                             \
-                /* What is added across h and along it: a small angle keeps its digits. */             \
-                double p = found[3] / found[0];                                                        \
-                double across = sqrt(across_##SUFFIX(h + r * d, y + r * d, d, 1.0, p));                \
-                double angle = atan2(across, length * (1 + p));                                        \
-                out->angle += angle;                                                                   \
-                out->cosine += cos(angle);                                                             \
-            }                                                                                          \
-        }                                                                                              \
-    }
-
-FUNCTIONS(float, f32)
-FUNCTIONS(bf16, bf16)
-
-/* -- Python ------------------------------------------------------------------------------------- */
+#include "_kernels.h"
+#include "_view.h"
 
 static int addresses(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, size_t *numbers) {
     if (given != count) {
@@ -449,13 +114,94 @@ static PyObject *pair_rows(PyObject *self, PyObject *const *args, Py_ssize_t giv
                          (long long)p.zero_next, (long long)p.zero_change);
 }
 
+/* What a list of tensors asks of each: dense memory of one of the types, of not more elements. */
+typedef struct {
+    PyObject *types;
+    Exchange *exchange;
+    size_t most;
+} Taken;
+
+static int taken_of(PyObject *types, PyObject *capsule, PyObject *most, Taken *taken) {
+    taken->types = types;
+    if (!PyTuple_Check(types)) {
+        PyErr_SetString(PyExc_TypeError, "types must be a tuple");
+        return -1;
+    }
+    if (!(taken->exchange = exchange_of(capsule))) return -1;
+    taken->most = PyLong_AsSize_t(most);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int take(const Taken *taken, PyObject *tensor, View *view) {
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(taken->types); k++)
+        if ((PyObject *)Py_TYPE(tensor) == PyTuple_GET_ITEM(taken->types, k)) {
+            int found = view_of(taken->exchange, tensor, view);
+            return found > 0 ? view->n <= taken->most : found;
+        }
+    return 0;
+}
+
+PyDoc_STRVAR(norms_doc,
+             "norms(tensors, types, exchange, most) -> list of Frobenius norms; None for each that is not taken: "
+             "of another type, not dense float32 or bfloat16 on a CPU, or of more elements");
+
+static PyObject *norms(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Taken taken;
+    if (given != 4 || !PyList_Check(args[0]))
+        return PyErr_Format(PyExc_TypeError, "norms(list, types, exchange, most)");
+    if (taken_of(args[1], args[2], args[3], &taken)) return NULL;
+    PyObject *found = PyList_New(PyList_GET_SIZE(args[0]));
+    for (Py_ssize_t i = 0; found && i < PyList_GET_SIZE(found); i++) {
+        View view;
+        double squares = 0;
+        int fits = take(&taken, PyList_GET_ITEM(args[0], i), &view);
+        if (fits > 0)
+            RUN(view.half, view.n, squares = squares_f32(view.data, view.n),
+                squares = squares_bf16(view.data, view.n));
+        PyObject *norm = fits > 0 ? PyFloat_FromDouble(sqrt(squares)) : fits ? NULL : Py_NewRef(Py_None);
+        if (norm)
+            PyList_SET_ITEM(found, i, norm);
+        else
+            Py_CLEAR(found);
+    }
+    return found;
+}
+
+PyDoc_STRVAR(distances_doc,
+             "distances(tensors, others, types, exchange, most) -> list of |x - y|; None for each pair that is "
+             "not taken, as in norms, or not of one dtype and number of elements");
+
+static PyObject *distances(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    Taken taken;
+    if (given != 5 || !PyList_Check(args[0]) || !PyList_Check(args[1]) ||
+        PyList_GET_SIZE(args[0]) != PyList_GET_SIZE(args[1]))
+        return PyErr_Format(PyExc_TypeError, "distances(list, list, types, exchange, most)");
+    if (taken_of(args[2], args[3], args[4], &taken)) return NULL;
+    PyObject *found = PyList_New(PyList_GET_SIZE(args[0]));
+    for (Py_ssize_t i = 0; found && i < PyList_GET_SIZE(found); i++) {
+        View x, y;
+        Pair pair = {0, 0};
+        int fits = take(&taken, PyList_GET_ITEM(args[0], i), &x);
+        if (fits > 0) fits = take(&taken, PyList_GET_ITEM(args[1], i), &y);
+        if (fits > 0) fits = x.n == y.n && x.half == y.half;
+        if (fits > 0) RUN(x.half, x.n, pair_f32(x.data, y.data, x.n, &pair), pair_bf16(x.data, y.data, x.n, &pair));
+        PyObject *distance =
+            fits > 0 ? PyFloat_FromDouble(sqrt(pair.difference)) : fits ? NULL : Py_NewRef(Py_None);
+        if (distance)
+            PyList_SET_ITEM(found, i, distance);
+        else
+            Py_CLEAR(found);
+    }
+    return found;
+}
+
 #define FAST(NAME) {#NAME, (PyCFunction)(void (*)(void))NAME, METH_FASTCALL, NAME##_doc}
 
 static PyMethodDef methods[] = {FAST(moments), FAST(squares),  FAST(pair),         FAST(rows),
-                                FAST(together), FAST(pair_rows), {NULL, NULL, 0, NULL}};
+                                FAST(together), FAST(pair_rows), FAST(norms), FAST(distances), {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_one_pass", "One pass over a tensor for all of its statistics.", -1, methods,
     NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__one_pass(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__one_pass(void) { return prepare_views() ? NULL : PyModule_Create(&module); }

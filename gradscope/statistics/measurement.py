@@ -15,7 +15,7 @@ from gradscope.statistics import one_pass
 from gradscope.statistics.moments import FOUND, moments_of
 from gradscope.statistics.sample import KERNELS, Absent, Sample, Value, type_kernel
 
-__all__ = ["ACTIVATION", "GRADIENT", "Values", "measure"]
+__all__ = ["ACTIVATION", "GRADIENT", "Values", "measure", "ordinary_absences"]
 
 #: The statistics of one tensor, by column: numbers where reading them is free, else tensors among them.
 Values = MutableSequence[Any]
@@ -96,6 +96,18 @@ def measure(
     if isinstance(count, float) and count == 1:
         absent[_VARIANCE] = "one element"
     return values, absent
+
+
+def ordinary_absences(
+    columns: Sequence[str], *, stream: bool, wanted: Collection[str] | None
+) -> dict[int, str] | None:
+    """The reasons of absent columns in a step without slow statistics; see `measure`.
+
+    Returns:
+        column index -> status; None where more is due in such a step than the moments.
+    """
+    plan = _plan(columns, False, stream, wanted)
+    return None if plan.kernels else dict(plan.absent)
 
 
 @dataclass(frozen=True, slots=True)

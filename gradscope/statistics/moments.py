@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from gradscope.statistics.sample import WIDE, Absent, Value
 __all__ = [
     "FOUND",
     "difference_norm",
-    "distance",
+    "distances",
     "frobenius_norm",
     "inner_product",
     "moments_of",
@@ -170,10 +170,13 @@ def difference_norm(a: Tensor, b: Tensor) -> Value:
     return norm if math.isfinite(norm) else _norm_on_cpu(_flat(a).double() - _flat(b).double())
 
 
-def distance(a: Tensor, b: Tensor) -> Value:
-    """|a - b| of two tensors of one shape and any dtype; complex ones as real and imaginary parts."""
-    found = one_pass.pair(a, b)
-    return math.sqrt(found[1]) if found is not None else norms([a.detach() - b.detach()])[0]
+def distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Value]:
+    """|a - b| of each pair of tensors of one shape and any dtype; complex as real and imaginary parts."""
+    found: list[Any] = one_pass.distances(a, b)
+    for i, distance in enumerate(found):
+        if distance is None:
+            found[i] = norms([a[i].detach() - b[i].detach()])[0]
+    return found
 
 
 def frobenius_norm(x: Tensor) -> Value:
@@ -197,13 +200,8 @@ def _norm_on_cpu(flat: Tensor) -> float:
 
 def norms(tensors: Sequence[Tensor]) -> list[Value]:
     """The Frobenius norm of each tensor (sparse ones coalesced). Any shapes -> one scalar each."""
-    found: list[Value] = []
-    left: list[int] = []
-    for i, t in enumerate(tensors):
-        squares = one_pass.squares(t)
-        found.append(math.nan if squares is None else math.sqrt(squares))
-        if squares is None:
-            left.append(i)
+    found: list[Any] = one_pass.norms(tensors)
+    left = [i for i, norm in enumerate(found) if norm is None]
     if left:
         for i, norm in zip(left, _other_norms([tensors[i] for i in left]), strict=True):
             found[i] = norm

@@ -9,6 +9,8 @@ nor cancellation matters.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -19,10 +21,24 @@ try:
 except ImportError:  # no compiler where it was installed
     _built = None
 
-__all__ = ["PairRows", "Rows", "available", "moments", "pair", "pair_rows", "rows", "squares", "together"]
+__all__ = [
+    "PairRows",
+    "Rows",
+    "available",
+    "distances",
+    "moments",
+    "norms",
+    "pair",
+    "pair_rows",
+    "rows",
+    "squares",
+    "together",
+]
 
 _native: Any = _built
 _HALF: Final = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES: Final = (Tensor, nn.Parameter)
+_EXCHANGE: Final[Any] = Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
 #: From so many elements on torch's operations are faster where they may use several threads.
 _MANY: Final = 1 << 22
 # A variance below this share of the mean square is taken about the mean.
@@ -68,7 +84,7 @@ def _memory(x: Tensor) -> Tensor | None:
         and x.layout is torch.strided
         and not x.is_neg()
         and 0 < (count := x.numel())
-        and (count <= _MANY or torch.get_num_threads() == 1)
+        and count <= _most()
         # Memory that was given back (a storage resized to nothing) lies at address 0.
         and x.data_ptr() != x.storage_offset() * x.itemsize
     ):
@@ -113,6 +129,24 @@ def squares(x: Tensor) -> float | None:
     """The sum of the squares of all elements; None: not taken."""
     memory = _memory(x)
     return None if memory is None else _native.squares(memory.data_ptr(), _HALF[x.dtype], x.numel())
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float | None]:
+    """The Frobenius norm of each tensor; None for each that is not taken."""
+    if _native is None:
+        return [None] * len(tensors)
+    return _native.norms(list(tensors), _TYPES, _EXCHANGE, _most())
+
+
+def distances(x: Sequence[Tensor], y: Sequence[Tensor]) -> list[float | None]:
+    """|x - y| of each pair of tensors of one shape; None for each that is not taken."""
+    if _native is None:
+        return [None] * len(x)
+    return _native.distances(list(x), list(y), _TYPES, _EXCHANGE, _most())
+
+
+def _most() -> int:
+    return sys.maxsize if torch.get_num_threads() == 1 else _MANY
 
 
 def pair(x: Tensor, y: Tensor) -> tuple[float, float] | None:
