@@ -254,6 +254,13 @@ CASES: dict[str, tuple[Callable[[], Net], Callable[[Any, Tensor], None], bool, b
         True,
         True,
     ),
+    "a view": (lambda: net(lambda x: x.view(10, WIDTH).view(2, 5, WIDTH)), backward, True, True),
+    "a view that is written to": (
+        lambda: net(lambda x: x.view(10, WIDTH).view(2, 5, WIDTH), scaled),
+        backward,
+        True,
+        True,
+    ),
     "shared": (mixed, backward, True, True),
     "identity": (with_identity, backward, True, True),
     "bfloat16": (half, backward, True, True),

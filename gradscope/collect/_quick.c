@@ -20,7 +20,7 @@
 
 #define NAMES(X)                                                                                          \
     X(requires_grad) X(is_leaf) X(_backward_hooks) X(grad_fn) X(_register_hook_dict) X(_base) X(_version) \
-    X(detach) X(shape) X(numel) X(dtype)
+    X(detach) X(shape) X(numel) X(dtype) X(data)
 
 #define DECLARE(NAME) static PyObject *s_##NAME;
 NAMES(DECLARE)
@@ -35,7 +35,7 @@ enum { SLOT, CALL, TRUNK, PASS, PROBE, KINDS };
     X(CALL, site) X(CALL, index) X(CALL, slots) X(CALL, block_call) X(CALL, unit_skip)                   \
     X(TRUNK, calls) X(TRUNK, reading) X(TRUNK, held_activation) X(TRUNK, held_gradient)                  \
     X(PASS, calls) X(PASS, counts) X(PASS, trunks) X(PASS, aliases) X(PASS, begun) X(PASS, valid)        \
-    X(PASS, closed)                                                                                      \
+    X(PASS, closed) X(PASS, views)                                                                                      \
     X(PROBE, _recorder) X(PROBE, site) X(PROBE, slot) X(PROBE, shape)
 
 #define FIELD(KIND, NAME) KIND##_##NAME,
@@ -56,6 +56,7 @@ typedef struct {
     PyObject *grad_enabled, *task, *modes, *function_modes, *interpreter, *tracing, *autocast, *symbolic, *symbolic_name;
     PyObject *gradient_absent[2];       /* outside of the stream, on it */
     PyObject *activation_pair[2], *gradient_pair[2];
+    PyObject *empty[2];                 /* no elements, float32 and bfloat16 */
     Py_ssize_t activation_columns, gradient_columns;
     Py_ssize_t offset[FIELD_COUNT];
     Site *sites;
@@ -290,7 +291,7 @@ static PyObject *only_tensor(Quick *q, PyObject *output) {
 }
 
 /* The tensor that the hook of this one belongs on, a new reference: itself, or the base that a Linear's output
- * is a view of. 0 with NULL where it is another view: what it needs then is the sampler's to know. */
+ * is a view of. 1, or 0 for a view that takes the hook itself, or -1 with an error. */
 static int target_of(Site *site, PyObject *tensor, PyObject **target) {
     PyObject *base = PyObject_GetAttr(tensor, s__base);
     *target = NULL;
@@ -309,11 +310,30 @@ static int target_of(Site *site, PyObject *tensor, PyObject **target) {
         Py_XDECREF(b);
         if (whole > 0) whole = truth(base, s_requires_grad);
     }
-    if (whole > 0)
-        *target = base;
-    else
-        Py_DECREF(base);
+    *target = whole > 0 ? base : whole < 0 ? NULL : new_reference(tensor);
+    if (whole <= 0) Py_DECREF(base);
     return whole;
+}
+
+/* `gradscope.collect.probes.writes_of`: what counts the writes to a view, and their number now. */
+static PyObject *writes_of(Quick *q, PyObject *tensor, int half) {
+    PyObject *counter = PyObject_CallMethodNoArgs(tensor, s_detach), *version = NULL, *found = NULL;
+    if (counter && !PyObject_SetAttr(counter, s_data, q->empty[half]))
+        version = PyObject_GetAttr(counter, s__version);
+    if (version) found = PyTuple_Pack(2, counter, version);
+    Py_XDECREF(counter);
+    Py_XDECREF(version);
+    return found;
+}
+
+/* Whether a view was written to since: 1, 0, or -1 with an error. */
+static int was_written(PyObject *writes) {
+    if (writes == Py_None) return 0;
+    PyObject *version = PyObject_GetAttr(PyTuple_GET_ITEM(writes, 0), s__version);
+    if (!version) return -1;
+    int written = PyObject_RichCompareBool(version, PyTuple_GET_ITEM(writes, 1), Py_NE);
+    Py_DECREF(version);
+    return written;
 }
 
 /* `gradscope.collect.probes.put_on`: 0, or -1 with an error. */
@@ -467,7 +487,8 @@ static PyObject *forward(Quick *q, PyObject *const *args, Py_ssize_t given) {
     int wanted = truth(tensor, s_requires_grad), leaf = truth(tensor, s_is_leaf);
     if (wanted < 0 || leaf < 0) return NULL;
     if (wanted && leaf) Py_RETURN_FALSE;
-    if (wanted && (fits = target_of(site, tensor, &target)) <= 0) goto decline;
+    int view_itself = wanted ? target_of(site, tensor, &target) == 0 : 0;
+    if (wanted && !target) return NULL;
     if ((fits = version_of(tensor, &version)) <= 0) goto decline;
     double moments[MOMENTS];
     if (!measure(&view, moments)) goto decline;
@@ -484,6 +505,12 @@ static PyObject *forward(Quick *q, PyObject *const *args, Py_ssize_t given) {
     if (!absent) goto end;
     put(q, slot, SLOT_absent, absent);
     put(q, slot, SLOT_owner, new_reference(q->pass));
+    if (view_itself) {
+        PyObject *writes = writes_of(q, tensor, view.half);
+        if (!writes) goto end;
+        put(q, slot, SLOT_writes, writes);
+        if (PyList_Append(AT(q, q->pass, PASS_views), slot)) goto end;
+    }
     if (trunk) {
         put(q, slot, SLOT_stream, new_reference(Py_True));
         put(q, slot, SLOT_trunk, new_reference(trunk));
@@ -532,7 +559,11 @@ static PyObject *gradient(Quick *q, PyObject *const *args, Py_ssize_t given) {
     int fits = 0, pair = 0;
     if (q->slow || !owner || owner == Py_None || AT(q, owner, PASS_closed) != Py_False) Py_RETURN_FALSE;
     if (AT(q, owner, PASS_valid) != Py_None || AT(q, slot, SLOT_backward) != Py_None) Py_RETURN_FALSE;
-    if (AT(q, slot, SLOT_writes) != Py_None) Py_RETURN_FALSE;
+    int written = was_written(AT(q, slot, SLOT_writes));
+    if (written) {
+        if (written < 0) return NULL;
+        Py_RETURN_FALSE;
+    }
     Py_ssize_t at = PyLong_AsSsize_t(AT(q, slot, SLOT_site));
     if (at == -1 && PyErr_Occurred()) return NULL;
     if (at < 0 || at >= q->site_count || !q->sites[at].quick) Py_RETURN_FALSE;
@@ -670,6 +701,7 @@ static void quick_dealloc(Quick *q) {
         Py_CLEAR(q->gradient_absent[i]);
         Py_CLEAR(q->activation_pair[i]);
         Py_CLEAR(q->gradient_pair[i]);
+        Py_CLEAR(q->empty[i]);
     }
     for (Py_ssize_t i = 0; q->sites && i < q->site_count; i++) {
         Py_CLEAR(q->sites[i].trunk);
@@ -717,6 +749,7 @@ static PyObject *quick_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     static char *names[] = {"sites",     "templates",  "columns",  "pairs",      "gradient_absent", "recorder",
                             "arrivals",  "proofs",     "recomputed", "dtypes",   "on_autocast",     "last",
                             "tensor",    "exchange",   "ordered",  "array",      "functions",       "symbolic",
+                            "empty",
                             NULL};
     PyObject *sites, *templates, *functions, *exchange;
     Py_ssize_t columns[2];
@@ -724,11 +757,12 @@ static PyObject *quick_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     if (!q) return NULL;
     PyObject *recorder, *arrivals, *proofs, *recomputed, *dtypes, *on_autocast, *last, *tensor, *ordered, *array;
     if (!PyArg_ParseTupleAndKeywords(
-            args, keywords, "O!O!(nn)(OOOO)(OO)OOO!O!OOOOOOOO!(OO)", names, &PyTuple_Type, &sites, &PyTuple_Type,
+            args, keywords, "O!O!(nn)(OOOO)(OO)OOO!O!OOOOOOOO!(OO)(OO)", names, &PyTuple_Type, &sites, &PyTuple_Type,
             &templates, &columns[0], &columns[1], &q->activation_pair[0], &q->activation_pair[1],
             &q->gradient_pair[0], &q->gradient_pair[1], &q->gradient_absent[0], &q->gradient_absent[1], &recorder,
             &arrivals, &PyDict_Type, &proofs, &PyDict_Type, &recomputed, &dtypes, &on_autocast, &last, &tensor,
-            &exchange, &ordered, &array, &PyTuple_Type, &functions, &q->symbolic, &q->symbolic_name)) {
+            &exchange, &ordered, &array, &PyTuple_Type, &functions, &q->symbolic, &q->symbolic_name,
+            &q->empty[0], &q->empty[1])) {
         memset((char *)q + sizeof(PyObject), 0, sizeof *q - sizeof(PyObject));
         Py_DECREF(q);
         return NULL;
@@ -737,6 +771,7 @@ static PyObject *quick_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         Py_INCREF(q->activation_pair[i]);
         Py_INCREF(q->gradient_pair[i]);
         Py_INCREF(q->gradient_absent[i]);
+        Py_INCREF(q->empty[i]);
     }
     Py_INCREF(q->symbolic);
     Py_INCREF(q->symbolic_name);

@@ -52,6 +52,10 @@ _ASKED: Final = (
 )
 
 
+#: What a tensor that only counts writes holds.
+_EMPTY: Final = tuple(torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+
+
 def quick_way(
     recorder: Recorder,
     layers: Sequence[Layer],
@@ -131,4 +135,5 @@ def quick_way(
         array=array,
         functions=_ASKED,
         symbolic=(vars(_symbolic_trace), "_is_fx_tracing_flag"),
+        empty=_EMPTY,
     )
