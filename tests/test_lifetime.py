@@ -145,6 +145,18 @@ def test_a_watched_model_is_copied_saved_and_pickled_unwatched() -> None:
 # -- watching again ------------------------------------------------------------------------------
 
 
+def test_what_is_done_with_a_copy_is_of_no_step() -> None:
+    model = stack()
+    with gradscope.watch(model, layers="**", warn=False) as scope:
+        twin = copy.deepcopy(model)
+        train(twin, range(2))
+        assert not scope.record.steps
+        expected = truth(model, batch())
+        train(model, range(1))
+    assert len(scope.record.steps) == 1
+    assert assert_true(scope.record, expected) == 52
+
+
 def test_watching_twice_gives_the_same_scope_and_counts_once() -> None:
     model = stack()
     first = gradscope.watch(model, layers="**")
@@ -494,11 +506,12 @@ def test_a_loss_denominator_that_changes_is_unknown(tmp_path: Path) -> None:
     assert gradscope.Record.load(path).header["loss_denominator"] is None
 
 
-def test_an_output_is_saved_without_a_word() -> None:
+@pytest.mark.parametrize("axes", [2, 3])
+def test_an_output_is_saved_without_a_word(axes: int) -> None:
     model = stack()
     with gradscope.watch(model, layers="**"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        output = model(batch(0))
+        output = model(batch(0) if axes == 3 else batch(0)[0])  # a Linear's view, or its own output
         buffer = io.BytesIO()
         torch.save(output, buffer)
     buffer.seek(0)
