@@ -252,8 +252,9 @@ def test_tied_weights_are_one_parameter_with_the_summed_gradient() -> None:
     model = Tied().double()
     expected = truth(model, batch())
     assert "head.weight" not in expected.param_grad
-    _, compared = trained(model, lambda: None)
+    record, compared = trained(model, lambda: None)
     assert compared == [compared[0]] * 4 and compared[0] == 2 * 13 + 11
+    assert "head.weight" not in record.table()["layer"].tolist()
 
 
 def test_users_hooks_that_change_outputs_and_gradients() -> None:
