@@ -373,9 +373,9 @@ static PyObject *count_of(PyObject *counts, PyObject *site) {
 }
 
 /* The call and its slot, put where a pass keeps them: 0, or -1 with an error. */
-static int keep(Quick *q, Site *site, PyObject *number, PyObject *tensor, PyObject *version, PyObject *slot,
-                PyObject *call) {
-    PyObject *counts = AT(q, q->pass, PASS_counts);
+static int keep(Quick *q, PyObject *pass, Site *site, PyObject *number, PyObject *tensor, PyObject *version,
+                PyObject *slot, PyObject *call) {
+    PyObject *counts = AT(q, pass, PASS_counts);
     PyObject *index = count_of(counts, number), *next = NULL, *slots = NULL, *id = NULL, *weak = NULL,
              *alias = NULL;
     int failed = -1;
@@ -396,8 +396,8 @@ static int keep(Quick *q, Site *site, PyObject *number, PyObject *tensor, PyObje
     if (!(id = PyLong_FromVoidPtr(tensor)) || !(weak = PyWeakref_NewRef(tensor, NULL))) goto end;
     if (!(alias = PyTuple_Pack(3, weak, version, slot))) goto end;
     if (PyDict_SetItem(counts, number, next)) goto end;
-    if (PyDict_SetItem(AT(q, q->pass, PASS_aliases), id, alias)) goto end;
-    failed = PyList_Append(AT(q, q->pass, PASS_calls), call);
+    if (PyDict_SetItem(AT(q, pass, PASS_aliases), id, alias)) goto end;
+    failed = PyList_Append(AT(q, pass, PASS_calls), call);
 end:
     Py_XDECREF(next);
     Py_XDECREF(id);
@@ -457,44 +457,45 @@ PyDoc_STRVAR(forward_doc, "forward(site, output) -> whether it was measured");
 static PyObject *forward(Quick *q, PyObject *const *args, Py_ssize_t given) {
     if (given != 2) return PyErr_Format(PyExc_TypeError, "forward(site, output)");
     PyObject *number = args[0], *trunk = NULL, *held = NULL, *slot = NULL, *call = NULL, *values = NULL;
-    PyObject *target = NULL, *version = NULL;
+    PyObject *target = NULL, *version = NULL, *pass = q->pass;
     Py_ssize_t at = PyLong_AsSsize_t(number);
     if (at == -1 && PyErr_Occurred()) return NULL;
-    if (!q->pass || at < 0 || at >= q->site_count || !q->sites[at].quick) Py_RETURN_FALSE;
+    if (!pass || at < 0 || at >= q->site_count || !q->sites[at].quick) Py_RETURN_FALSE;
     Site *site = &q->sites[at];
     PyObject *tensor = only_tensor(q, args[1]);
     if (!tensor) Py_RETURN_FALSE;
+    Py_INCREF(pass);
     int fits = plain_forward(q);
     View view, before;
     if (fits > 0) fits = look(q, tensor, &view);
     if (fits <= 0) goto decline;
     if (site->block) {
-        trunk = PyDict_GetItemWithError(AT(q, q->pass, PASS_trunks), site->trunk);
+        trunk = PyDict_GetItemWithError(AT(q, pass, PASS_trunks), site->trunk);
         if (!trunk) goto decline;
+        Py_INCREF(trunk);
         held = AT(q, trunk, TRUNK_held_activation);
-        if (held == Py_None) held = NULL;
+        held = held == Py_None ? NULL : new_reference(held);
         if (held && (fits = as_held(q, held, &view, &before)) <= 0) goto decline;
     } else {
         PyObject *id = PyLong_FromVoidPtr(tensor);
-        if (!id) return NULL;
-        int known = PyDict_Contains(AT(q, q->pass, PASS_aliases), id);
-        Py_DECREF(id);
+        int known = id ? PyDict_Contains(AT(q, pass, PASS_aliases), id) : -1;
+        Py_XDECREF(id);
         if (known) {
             fits = known < 0 ? -1 : 0;
             goto decline;
         }
     }
     int wanted = truth(tensor, s_requires_grad), leaf = truth(tensor, s_is_leaf);
-    if (wanted < 0 || leaf < 0) return NULL;
-    if (wanted && leaf) Py_RETURN_FALSE;
+    fits = wanted < 0 || leaf < 0 ? -1 : !(wanted && leaf);
+    if (fits <= 0) goto decline;
     int view_itself = wanted ? target_of(site, tensor, &target) == 0 : 0;
-    if (wanted && !target) return NULL;
+    if (wanted && !target) goto decline;
     if ((fits = version_of(tensor, &version)) <= 0) goto decline;
     double moments[MOMENTS];
     if (!measure(&view, moments)) goto decline;
+    /* Other threads may have run meanwhile, and closed the watch. */
+    if (q->pass != pass || AT(q, pass, PASS_closed) != Py_False) goto decline;
     /* From here on it is done, or fails. */
-    Py_XINCREF(trunk);
-    Py_XINCREF(held);
     PyObject *result = NULL;
     if (note_dtype(q, tensor, view.half)) goto end;
     if (!(slot = made(q, SLOT)) || !(call = made(q, CALL))) goto end;
@@ -504,18 +505,18 @@ static PyObject *forward(Quick *q, PyObject *const *args, Py_ssize_t given) {
     PyObject *absent = PyDict_Copy(site->absent);
     if (!absent) goto end;
     put(q, slot, SLOT_absent, absent);
-    put(q, slot, SLOT_owner, new_reference(q->pass));
+    put(q, slot, SLOT_owner, new_reference(pass));
     if (view_itself) {
         PyObject *writes = writes_of(q, tensor, view.half);
         if (!writes) goto end;
         put(q, slot, SLOT_writes, writes);
-        if (PyList_Append(AT(q, q->pass, PASS_views), slot)) goto end;
+        if (PyList_Append(AT(q, pass, PASS_views), slot)) goto end;
     }
     if (trunk) {
         put(q, slot, SLOT_stream, new_reference(Py_True));
         put(q, slot, SLOT_trunk, new_reference(trunk));
     }
-    if (keep(q, site, number, tensor, version, slot, call)) goto end;
+    if (keep(q, pass, site, number, tensor, version, slot, call)) goto end;
     if (wanted && hook(q, number, tensor, target, slot)) goto end;
     if (trunk && join(q, trunk, held, &view, &before, number, tensor, version, slot, call)) goto end;
     result = new_reference(Py_True);
@@ -526,8 +527,12 @@ end:
     Py_XDECREF(held);
     Py_DECREF(version);
     Py_XDECREF(target);
+    Py_DECREF(pass);
     return result;
 decline:
+    Py_DECREF(pass);
+    Py_XDECREF(trunk);
+    Py_XDECREF(held);
     Py_XDECREF(version);
     Py_XDECREF(target);
     if (fits < 0 || PyErr_Occurred()) return NULL;
@@ -584,9 +589,9 @@ static PyObject *gradient(Quick *q, PyObject *const *args, Py_ssize_t given) {
     PyObject *shape = AT(q, args[0], PROBE_shape);
     if (!has_shape(&view, shape) && (stream || !take_shape(&view, shape))) goto decline;
     if (stream) {
-        trunk = AT(q, slot, SLOT_trunk);
+        trunk = new_reference(AT(q, slot, SLOT_trunk));
         successor = AT(q, slot, SLOT_successor);
-        held = AT(q, trunk, TRUNK_held_gradient);
+        held = new_reference(AT(q, trunk, TRUNK_held_gradient));
         if (successor != Py_None) {
             if (held == Py_None || PyTuple_GET_ITEM(held, 2) != successor) goto decline;
             fits = PyObject_RichCompareBool(AT(q, successor, SLOT_backward), id, Py_EQ);
@@ -596,12 +601,12 @@ static PyObject *gradient(Quick *q, PyObject *const *args, Py_ssize_t given) {
         }
     }
     if (!measure(&view, moments)) goto decline;
+    /* Other threads may have run meanwhile, and closed the watch. */
+    if (AT(q, owner, PASS_closed) != Py_False || AT(q, slot, SLOT_backward) != Py_None) goto decline;
     if (stream && (fits = version_of(grad, &version)) <= 0) goto decline;
     /* From here on it is done, or fails. */
     PyObject *result = NULL;
     Py_INCREF(slot);
-    Py_XINCREF(held);
-    Py_XINCREF(trunk);
     put(q, slot, SLOT_backward, new_reference(id));
     PyObject *arrival = PyIter_Next(q->arrivals);
     if (!arrival) goto end;
@@ -635,6 +640,9 @@ end:
     Py_XDECREF(version);
     return result;
 decline:
+    Py_XDECREF(held);
+    Py_XDECREF(trunk);
+    Py_XDECREF(version);
     Py_XDECREF(id);
     if (fits < 0 || PyErr_Occurred()) return NULL;
     Py_RETURN_FALSE;

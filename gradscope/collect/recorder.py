@@ -329,6 +329,7 @@ class Recorder:
         if not self._grad_mode:
             return
         if output is None and sys.exc_info()[1] is not None:
+            self._sampler.end_forward()
             self._step.forget([p])  # the forward raised: half a record is no record
             return
         p.root_open = False
@@ -606,6 +607,7 @@ class Recorder:
             self._storage.add(step)
 
     def _drop_step(self) -> None:
+        self._sampler.end_forward()
         self._step.close()
         self._step = OpenStep()
         self._optimizers.reset()
