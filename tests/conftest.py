@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module", params=["one pass", "torch"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Statistics by the optional extension module, and without it."""
+    """Statistics by the optional extension modules, and without them."""
     from gradscope.statistics import one_pass
 
     with pytest.MonkeyPatch.context() as patch:

@@ -336,7 +336,7 @@ def test_random_models_in_random_loops(recipe: Recipe, loop: Loop) -> None:
     checked(recipe, loop)
 
 
-@pytest.mark.skipif(quick._native is None, reason="the extension module was not built")
+@pytest.mark.skipif(not quick.available(), reason="the extension module was not built")
 def test_random_models_in_ordinary_steps() -> None:
     """The same where the quick way takes what it can: float32, without slow statistics."""
     taken = {"forward": 0, "gradient": 0}

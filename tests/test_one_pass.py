@@ -1,4 +1,4 @@
-"""The optional extension module against loops in float64, at every length of its vector loops."""
+"""The optional kernels against loops in float64, at every length of its vector loops."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ import gradscope
 from gradscope.collect import quick
 from gradscope.record import Record
 
-pytestmark = pytest.mark.skipif(quick._native is None, reason="the extension module was not built")
+pytestmark = pytest.mark.skipif(not quick.available(), reason="the extension module was not built")
 WIDTH, DEPTH = 8, 3
 
 

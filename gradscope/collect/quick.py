@@ -30,7 +30,7 @@ try:
 except ImportError:  # no compiler where it was installed
     _built = None
 
-__all__ = ["quick_way"]
+__all__ = ["available", "quick_way"]
 
 _native: Any = _built
 
@@ -54,6 +54,11 @@ _ASKED: Final = (
 
 #: What a tensor that only counts writes holds.
 _EMPTY: Final = tuple(torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+
+
+def available() -> bool:
+    """Whether the extension module was built, and the one of the statistics."""
+    return _native is not None and one_pass.available()
 
 
 def quick_way(
@@ -86,7 +91,7 @@ def quick_way(
         ``forward(site, output)``, ``skips(site)`` and ``gradient(probe, gradient)`` say whether they
         did it.
     """
-    if _native is None or not one_pass.available():
+    if not available():
         return None
     outside, stream = (ordinary_absences(ACTIVATION, stream=s, wanted=wanted) for s in (False, True))
     gradients = [ordinary_absences(GRADIENT, stream=s, wanted=wanted) for s in (False, True)]

@@ -92,7 +92,7 @@ def measure(*, quick: bool, peers_env: Path, results: Path, say: Say) -> list[tu
     began = time.monotonic()
     for n, (job, python, variables, error) in enumerate(waiting):
         what = f"{job.workload}, {'bf16' if job.bf16 else 'fp32'}, {job.backend or 'eager'}"
-        what += "" if job.one_pass else ", without the extension module"
+        what += "" if job.one_pass else ", without the extension modules"
         minutes = (time.monotonic() - began) / 60
         say(f"{minutes:4.1f} min, {n + 1} of {len(waiting)}: {what}: {', '.join(job.watchers)}")
         file = results / f"{n + 1:02}.json"

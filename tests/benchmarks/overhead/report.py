@@ -23,12 +23,12 @@ from benchmarks.overhead.table import (
 from benchmarks.overhead.workloads import WORKLOADS
 
 import gradscope
-from gradscope.statistics import one_pass
+from gradscope.collect.quick import available
 
 #: What the page says around its tables; paragraphs are filled anew.
 _MADE = """
 Made by `{command}` with gradscope {gradscope}, torch {torch}, transformers {transformers} and Python
-{python} on {processor}{threads}. gradscope's extension module was {built}. {gpu}
+{python} on {processor}{threads}. gradscope's extension modules were {built}. {gpu}
 """
 _HOW = """
 A step is forward, cross-entropy, backward and AdamW; unwatched, in fp32 and eager, it takes {plain}.
@@ -70,7 +70,7 @@ def page(found: Found, *, quick: bool) -> list[str]:
     lines += ["## Targets that are not reached", "", *missed(found)]
     lines += ["## fp32, eager", "", *table.eager(found)]
     if table.own(found, one_pass=False):
-        lines += ["## fp32, eager, without the extension module", ""]
+        lines += ["## fp32, eager, without the extension modules", ""]
         lines += table.eager(found, one_pass=False)
     if not quick:
         backends = " and ".join(sorted({job.backend for job, _ in found if job.backend}))
@@ -96,7 +96,7 @@ def _how(found: Found, *, quick: bool) -> list[str]:
         python=platform.python_version(),
         processor=_processor(),
         threads="" if cuda else ", one thread",
-        built="built" if one_pass.available() else "not built: torch's operations do its work",
+        built="built" if available() else "not built: torch's operations do its work",
         gpu="" if cuda else unseen,
     )
     how = _HOW.format(
@@ -136,7 +136,7 @@ def missed(found: Found) -> list[str]:
             continue
         kind = f"{job.workload}, {'bf16' if job.bf16 else 'fp32'}"
         kind += ", compiled" if job.backend is not None else ""
-        kind += "" if job.one_pass else ", without the extension module"
+        kind += "" if job.one_pass else ", without the extension modules"
         for part, said in ((out.recorded, ""), (out.unrecorded, ", not recorded")):
             for name, m in part.items():
                 value = total(m)

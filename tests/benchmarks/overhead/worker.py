@@ -39,7 +39,7 @@ class Job:
         unrecorded: rounds of steps that are watched and not recorded.
         least: rounds at least, where the time is over.
         seconds: for all rounds.
-        one_pass: False: without gradscope's extension module, also where it was built.
+        one_pass: False: without gradscope's extension modules, also where they were built.
     """
 
     workload: str
