@@ -49,7 +49,7 @@ TESTS: Final = {
         "test_lifetime.py",
     ),
     "compiled": ("test_compile.py",),
-    "ranks": ("test_ranks.py", "test_ranks_loops.py", "test_ranks_trouble.py"),
+    "ranks": ("test_ranks.py", "test_ranks_loops.py", "test_ranks_trouble.py", "test_merging.py"),
     "gate": ("test_gate.py", "test_gate_parts.py", "test_gate_rates.py"),
 }
 #: A mutation that makes a test hang is noticed, too; the tests after it are not run.
