@@ -1,4 +1,4 @@
-"""The values of several ranks as those of one batch, by hand: what is added up, and what is left local."""
+"""The values of several ranks as those of one batch, by hand: what is added up, what is left local."""
 
 from __future__ import annotations
 
