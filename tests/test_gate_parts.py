@@ -68,3 +68,7 @@ def test_tolerances():
     for wrong in ("flow", "flow:20", "speed:3%", "flow:-1nat"):
         with pytest.raises(GateError, match="write kind"):
             parse_tolerance(wrong)
+    with pytest.raises(GateError, match="flow has one already"):
+        parse_tolerance("flow:20%,delta:.5nat,flow:30%")
+    with pytest.raises(GateError, match="no change is that large"):
+        parse_tolerance("flow:1e400nat")

@@ -60,7 +60,7 @@ def parse_tolerance(text: str | None) -> Tolerance:
     ``20%`` is ln 1.2 nats: a factor of 1.2 either way; ``.5nat`` is half a nat, a factor of 1.65.
 
     Raises:
-        GateError: another form, or a kind that does not exist.
+        GateError: another form, a kind that does not exist or is there twice, or no finite change.
     """
     given: dict[str, float] = {}
     for item in (text or "").split(","):
@@ -73,6 +73,11 @@ def parse_tolerance(text: str | None) -> Tolerance:
                 f"tolerance {item.strip()!r}: write kind:20% or kind:.5nat, separated by commas, with a "
                 f"kind out of {', '.join(known)}."
             )
+        if match[1] in given:
+            raise GateError(f"tolerance {item.strip()!r}: {match[1]} has one already: give one each.")
         number = float(match[2])
-        given[match[1]] = math.log1p(number / 100) if match[3] == "%" else number
+        nats = math.log1p(number / 100) if match[3] == "%" else number
+        if not math.isfinite(nats):
+            raise GateError(f"tolerance {item.strip()!r}: no change is that large. Leave the kind out.")
+        given[match[1]] = nats
     return Tolerance(MappingProxyType(given))
