@@ -121,6 +121,21 @@ def test_a_hook_that_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NOT FINE" in str(report) and w.layer in str(report)
 
 
+def test_a_hook_that_doubles_in_ordinary_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = probes.GradientProbe.__call__
+
+    def doubling(self: probes.GradientProbe, grad: Tensor) -> None:
+        recorder = self._recorder()
+        plain(self, grad if recorder is None or recorder._sampler.slow else 2 * grad)
+
+    monkeypatch.setattr(probes.GradientProbe, "__call__", doubling)
+    report = examined()
+    assert not report.ok
+    assert {w.signal for w in report.wrong} == {"output_grad"}
+    found = {check.name: check.ok for check in report.checks}
+    assert [name for name, ok in found.items() if ok is False] == ["values of an ordinary step"]
+
+
 def test_a_norm_of_one_rank_only(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = statistics.norms
 
