@@ -116,6 +116,21 @@ def other_layers(rank: int) -> gradscope.Record:
     return train(model, data(rank), loss=loss)
 
 
+def changed_on_one(rank: int) -> Any:
+    """From step 1 on, rank 1 has a layer more."""
+    model = DDP(net())
+    seen = 0
+
+    def loss(ddp: Any, batch: Any) -> Any:
+        nonlocal seen
+        if rank == 1 and seen == 1:
+            ddp.module.blocks[0].add_module("more", nn.Identity())
+        seen += 1
+        return loss_of(ddp, batch)
+
+    return train(model, data(rank), loss=loss, layers="**")
+
+
 def never_reduced(rank: int) -> gradscope.Record:
     model = DDP(net())
     return train(model, data(rank), sync=lambda last: model.no_sync())
@@ -152,6 +167,7 @@ CASES = {
     "raises at once": raises_at_once,
     "one is silent": one_is_silent,
     "other options": other_options,
+    "changed on one": changed_on_one,
     "other layers": other_layers,
     "never reduced": never_reduced,
     "two optimizers": two_optimizers,
@@ -220,6 +236,13 @@ def test_other_options_are_not_pooled(ranks: dict[str, list[Any]]) -> None:
     for record, said in ranks["other options"]:
         assert all(statuses(record, s.step) == {"local"} for s in record.steps)
         assert len(said) == 1 and "in the same way" in said[0]
+
+
+def test_a_model_that_one_rank_has_changed_is_not_pooled(ranks: dict[str, list[Any]]) -> None:
+    for record, _ in ranks["changed on one"]:
+        assert statuses(record, 0) != {"local"}
+        for step in range(1, STEPS):
+            assert {"ok"}.isdisjoint(statuses(record, step)), step
 
 
 def test_a_layer_that_ran_on_one_rank_only(ranks: dict[str, list[Any]]) -> None:
