@@ -184,11 +184,11 @@ def test_float64_far_from_one(scale: float, robust: bool) -> None:
         if robust
         else measured(x)
     )
-    assert found["l2"] == pytest.approx(at_one["l2"] * scale, rel=1e-12)
-    assert found["mean"] == pytest.approx(at_one["mean"] * scale, rel=1e-10)
+    assert found["l2"] == pytest.approx(at_one["l2"] * scale, rel=1e-12, abs=0)
+    assert found["mean"] == pytest.approx(at_one["mean"] * scale, rel=1e-10, abs=0)
     with np.errstate(over="ignore"):
         # Underflow to 0 and overflow to inf are then the nearest float64.
-        assert found["variance"] == pytest.approx(scale * (scale * at_one["variance"]), rel=1e-10)
+        assert found["variance"] == pytest.approx(scale * (scale * at_one["variance"]), rel=1e-10, abs=0)
     if not robust:
         assert found["kurtosis"] == pytest.approx(at_one["kurtosis"], rel=1e-10)
         assert found["token_cosine"] == pytest.approx(at_one["token_cosine"], abs=1e-10)
@@ -205,24 +205,24 @@ def test_slow_statistics_of_float32_far_from_one(scale: float) -> None:
     assert found["kurtosis"] == pytest.approx(truth["kurtosis"], rel=1e-5)
     assert found["token_cosine"] == pytest.approx(truth["token_cosine"], abs=1e-5)
     assert found["input_cosine"] == pytest.approx(truth["input_cosine"], abs=1e-5)
-    assert found["token_variance"] == pytest.approx(truth["token_variance"] * scale**2, rel=1e-5)
+    assert found["token_variance"] == pytest.approx(truth["token_variance"] * scale**2, rel=1e-5, abs=0)
 
 
 def test_half_precision_is_accumulated_wider() -> None:
     x = torch.full((4096,), 1e-5, dtype=torch.float16)
     assert x.square().sum().sqrt() == 0  # the naive norm
-    assert measured(x)["l2"] == pytest.approx(64 * float(x[0]), rel=1e-6)
-    assert statistics.norms([x])[0] == pytest.approx(64 * float(x[0]), rel=1e-6)
+    assert measured(x)["l2"] == pytest.approx(64 * float(x[0]), rel=1e-6, abs=0)
+    assert statistics.norms([x])[0] == pytest.approx(64 * float(x[0]), rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("count", [3_000_000, 30_000_000])
 def test_large_float32_tensors_keep_their_digits(count: int) -> None:
     x = torch.linspace(0.5, 1.5, count).reshape(-1, 1000)
     truth = torch.linalg.vector_norm(x, dtype=torch.float64).item()
-    assert statistics.norms([x])[0] == pytest.approx(truth, rel=1e-6)
-    assert measured(x, GRADIENT, slow=False)["l2"] == pytest.approx(truth, rel=1e-6)
-    assert statistics.inner_product(x, x) == pytest.approx(truth**2, rel=1e-6)
-    assert statistics.difference_norm(x, torch.zeros_like(x)) == pytest.approx(truth, rel=1e-6)
+    assert statistics.norms([x])[0] == pytest.approx(truth, rel=1e-6, abs=0)
+    assert measured(x, GRADIENT, slow=False)["l2"] == pytest.approx(truth, rel=1e-6, abs=0)
+    assert statistics.inner_product(x, x) == pytest.approx(truth**2, rel=1e-6, abs=0)
+    assert statistics.difference_norm(x, torch.zeros_like(x)) == pytest.approx(truth, rel=1e-6, abs=0)
 
 
 # -- zero, absent, not finite ------------------------------------------------------------------------
@@ -287,8 +287,8 @@ def test_one_element_has_no_variance(value: float) -> None:
         found = measured(x)
         assert found["variance"] == "one element"
         assert found["token_variance"] == "one element"
-        assert found["l2"] == pytest.approx(abs(value), rel=1e-6)
-        assert found["mean"] == pytest.approx(value, rel=1e-6)
+        assert found["l2"] == pytest.approx(abs(value), rel=1e-6, abs=0)
+        assert found["mean"] == pytest.approx(value, rel=1e-6, abs=0)
         assert (found["count"], found["tokens"]) == (1, 1)
 
 
@@ -417,8 +417,8 @@ def test_pairs_of_float32_far_from_one(scale: float) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(2, 50) * scale
     x, y = a.double().numpy(), b.double().numpy()
-    assert statistics.inner_product(a, b) == pytest.approx(float(x @ y), rel=1e-5)
-    assert statistics.difference_norm(a, b) == pytest.approx(reference.l2(x - y), rel=1e-5)
+    assert statistics.inner_product(a, b) == pytest.approx(float(x @ y), rel=1e-5, abs=0)
+    assert statistics.difference_norm(a, b) == pytest.approx(reference.l2(x - y), rel=1e-5, abs=0)
 
 
 def test_the_difference_of_opposite_extremes_is_finite() -> None:
