@@ -15,7 +15,7 @@ from test_ranks import same_as_alone
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import gradscope
-from gradscope.collect import merging, probes, ranks
+from gradscope.collect import engine, merging, ranks
 from gradscope.experiment.doctor import DoctorReport
 
 
@@ -25,8 +25,8 @@ def examined(rank: int, *, fault: str = "") -> DoctorReport:
         if fault == "rank-local norms":
             # As if nobody knew of other ranks: gradients are read before they are reduced.
             patch.setattr(ranks.Ranks, "many", property(lambda self: False))
-            early = probes.after_backward
-            patch.setattr(probes, "after_backward", lambda f, *, last=False: early(f))
+            early = engine.after_backward
+            patch.setattr(engine, "after_backward", lambda f, *, last=False: early(f))
         elif fault == "first rank":
             plain = merging.pool
             patch.setattr(merging, "pool", lambda names, values: plain(names, values[:1]))

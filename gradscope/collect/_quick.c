@@ -315,7 +315,7 @@ static int target_of(Site *site, PyObject *tensor, PyObject **target) {
     return whole;
 }
 
-/* `gradscope.collect.probes.writes_of`: what counts the writes to a view, and their number now. */
+/* `gradscope.collect.tensors.writes_of`: what counts the writes to a view, and their number now. */
 static PyObject *writes_of(Quick *q, PyObject *tensor, int half) {
     PyObject *counter = PyObject_CallMethodNoArgs(tensor, s_detach), *version = NULL, *found = NULL;
     if (counter && !PyObject_SetAttr(counter, s_data, q->empty[half]))

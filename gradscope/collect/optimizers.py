@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from gradscope.collect import probes
+from gradscope.collect import engine
 from gradscope.collect.parameters import Parameters, Readings
 from gradscope.statistics import Value
 
@@ -154,7 +154,7 @@ class Optimizers:
         self._stepping.append(id(optimizer))
         if closure or not recording:
             return  # what a closure computes is read at the end of its first backward pass
-        inside = probes.backward_id() != -1
+        inside = engine.backward_id() != -1
         if not (inside or slow):
             return
         held = self._held(optimizer)

@@ -1,4 +1,4 @@
-"""Hook objects, and what they may ask the autograd engine.
+"""Hook objects, and how one is put on a tensor.
 
 A hook object holds a weak reference to its recorder and no tensor. It pickles and deep-copies to an
 inert callable of the standard library, so that a watched model can be saved, copied for an EMA, and
@@ -8,19 +8,15 @@ loaded where gradscope is not installed; the copies are unwatched.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame as _dynamo
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
-from torch.fx import _symbolic_trace
-from torch.utils._python_dispatch import _disable_current_modes
+
+from gradscope.collect.engine import batched
 
 if TYPE_CHECKING:
     from gradscope.collect.passes import Pass, Slot
@@ -37,22 +33,9 @@ __all__ = [
     "RootStartProbe",
     "ScaleEndProbe",
     "ScaleProbe",
-    "after_backward",
-    "all_tensors_in",
-    "backward_id",
-    "batched",
-    "dispatch_modes",
-    "first_tensor",
-    "function_modes",
-    "in_transform",
-    "is_plain",
     "note_root_in_a_graph",
     "put_on",
     "roots_in_graphs",
-    "tensors_in",
-    "unseen",
-    "version_of",
-    "writes_of",
 ]
 
 _NO_BACKWARD: Final = -1
@@ -300,118 +283,3 @@ def put_on(tensor: Tensor, probe: GradientProbe) -> Any:
     tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
     hooks[probe] = probe
     return None
-
-
-# -- the engine ------------------------------------------------------------------------------------
-
-
-def version_of(tensor: Tensor) -> float:
-    """How often it was written to; of a tensor that does not count that, a number equal to none."""
-    try:
-        return tensor._version
-    except RuntimeError:  # made under inference_mode
-        return math.nan
-
-
-def writes_of(tensor: Tensor) -> tuple[Tensor, int]:
-    """A tensor of no elements whose version counts the writes to this one, and that version now."""
-    counter = tensor.detach()
-    counter.data = tensor.new_empty(0)
-    return counter, counter._version
-
-
-def backward_id() -> int:
-    """The number of the backward pass this code runs in, or -1 outside of any."""
-    # Private, and the only source that is right under nested and re-entrant passes. Without it
-    # everything reads as "outside", and recomputation would be counted twice: refuse loudly instead.
-    return torch._C._current_graph_task_id()
-
-
-def after_backward(function: Callable[[], None], *, last: bool = False) -> None:
-    """Call a function at the end of the backward pass that runs now.
-
-    Args:
-        function: the function.
-        last: after all that others queue during this backward pass (DDP's final reduction).
-    """
-    queue: Callable[[Callable[[], None]], None]
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    # They run in order of queueing: what queues itself again then comes after all of them.
-    queue((lambda: queue(function)) if last else function)
-
-
-def in_transform() -> bool:
-    """Whether torch is tracing, compiling, or inside a functorch transform: nothing to measure."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or peek_interpreter_stack() is not None
-        or _symbolic_trace._is_fx_tracing_flag
-        or (dispatch_modes() > 0 and _fake())
-    )
-
-
-def batched(grad: Tensor) -> bool:
-    """Whether it is the gradient of a batch of backward passes (``is_grads_batched``, or vmap)."""
-    return is_legacy_batchedtensor(grad) or peek_interpreter_stack() is not None
-
-
-def _fake() -> bool:
-    key = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(k) is not None for k in (key.FAKE, key.PROXY, key.FUNCTIONAL))
-
-
-#: Whether modes of the user's see every operation, and every function of torch's, now.
-dispatch_modes: Final = torch._C._len_torch_dispatch_stack
-function_modes: Final = torch._C._is_torch_function_mode_enabled
-
-
-@contextlib.contextmanager
-def unseen() -> Generator[None]:
-    """A context in which the user's modes do not see what gradscope computes.
-
-    Selective checkpointing replays the operations that it saw; a profiler counts them; a default device
-    is another one than the watched tensor's.
-    """
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        yield
-
-
-# -- structured outputs ----------------------------------------------------------------------------
-
-
-def tensors_in(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """The floating-point tensors of a nested structure, in order; other objects are not entered."""
-    if isinstance(value, Tensor):
-        if (value.is_floating_point() or value.is_complex()) and value.device.type != "meta":
-            yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, depth - 1)
-    elif depth and isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name, None), depth - 1)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is dense, and of one shape."""
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def all_tensors_in(value: Any) -> list[Tensor]:
-    """The same as a list, sooner where the value is a tensor itself."""
-    if type(value) is Tensor and value.is_floating_point() and not value.is_meta:
-        return [value]
-    return list(tensors_in(value))
-
-
-def first_tensor(args: Any, kwargs: Any) -> Tensor | None:
-    """The primary input of a block: its first floating-point tensor of two or more axes."""
-    for source in (args, kwargs):
-        for tensor in tensors_in(source):
-            if tensor.dim() >= 2:
-                return tensor
-    return next(tensors_in(args), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.fx import _symbolic_trace
 
-from gradscope.collect import probes
+from gradscope.collect import engine, probes
 from gradscope.collect.passes import ARRIVALS, LAST, PAIR, Call, Pass, Slot, TrunkPass
 from gradscope.layers import Layer
 from gradscope.statistics import ACTIVATION, BRANCH, GRADIENT, SLOW_PAIR, one_pass, ordinary_absences
@@ -40,12 +40,12 @@ def _columns(of: Sequence[str], names: Collection[str]) -> tuple[int, ...]:
 
 
 _PAIRS: Final = (*_columns(ACTIVATION, PAIR), *_columns(GRADIENT, PAIR))
-#: What says whether anything is around a forward, see `gradscope.collect.probes.in_transform`.
+#: What says whether anything is around a forward, see `gradscope.collect.engine.in_transform`.
 _ASKED: Final = (
     torch.is_grad_enabled,
     torch._C._current_graph_task_id,
-    probes.dispatch_modes,
-    probes.function_modes,
+    engine.dispatch_modes,
+    engine.function_modes,
     peek_interpreter_stack,
     torch._C._get_tracing_state,
     torch._C._is_any_autocast_enabled,

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from gradscope.collect import probes, shards, voice
+from gradscope.collect import engine, probes, shards, voice
 from gradscope.collect.arguments import Mask, scalar_loss, valid_positions
 from gradscope.collect.attachment import Attachment
 from gradscope.collect.building import Builder
@@ -37,6 +37,7 @@ from gradscope.collect.setting import (
     forget_compiled_code,
 )
 from gradscope.collect.storage import Storage
+from gradscope.collect.tensors import tensors_in
 from gradscope.collect.traced import COMPILED
 from gradscope.errors import LayerError
 from gradscope.layers import Layer, Selection, select
@@ -191,8 +192,8 @@ class Recorder:
 
     def guarded(self, site: int, function: Callable[..., Any], *args: Any) -> Any:
         """Call a handler; an error in it is counted and warned of once, never raised."""
-        if probes.dispatch_modes() or probes.function_modes():
-            with probes.unseen():  # in which there are none
+        if engine.dispatch_modes() or engine.function_modes():
+            with engine.unseen():  # in which there are none
                 return self.guarded(site, function, *args)
         # Handlers run without grad; what the user's code runs under is what they ask. What the context
         # managers would do is done by hand: this is the one place that every hook goes through.
@@ -225,7 +226,7 @@ class Recorder:
 
     def on_root_start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the watched model begins."""
-        if probes.backward_id() != -1 or probes.in_transform():
+        if engine.backward_id() != -1 or engine.in_transform():
             return
         last = self._step.newest
         if last is not None and last.root_open and last.mine and self._calls_itself():
@@ -321,7 +322,7 @@ class Recorder:
         p = self._step.newest
         if p is None or not p.root_open or not p.mine:
             return
-        if probes.backward_id() != -1 or probes.in_transform():
+        if engine.backward_id() != -1 or engine.in_transform():
             return
         if p.within:
             p.within -= 1
@@ -336,7 +337,7 @@ class Recorder:
         self._sampler.end_forward()
         if not self._step.recording:
             return
-        for tensor in probes.tensors_in(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad and not tensor.is_leaf:
                 probe = probes.BackwardProbe(self, p)
                 p.graph.append(weakref.ref(probe))
@@ -360,7 +361,7 @@ class Recorder:
 
     def on_block_input(self, site: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A block is about to run; returns new (args, kwargs), or None for the old ones."""
-        if probes.backward_id() != -1 or probes.in_transform() or not self._heard():
+        if engine.backward_id() != -1 or engine.in_transform() or not self._heard():
             return None
         p = self._enclosing_pass(site)
         if p is None:
@@ -369,9 +370,9 @@ class Recorder:
 
     def on_forward(self, site: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A watched layer has run."""
-        if probes.in_transform():
+        if engine.in_transform():
             return
-        backward = probes.backward_id()
+        backward = engine.backward_id()
         if backward != -1:
             passes = self._step.passes
             mine = [q for q in passes if backward in q.begun] or passes
@@ -394,7 +395,7 @@ class Recorder:
     def on_gradient(self, slot: Slot, grad: Tensor) -> None:
         """The gradient with respect to a sampled tensor has come."""
         p = slot.owner
-        if probes.batched(grad):
+        if engine.batched(grad):
             if slot.gradient is None:
                 slot.error = "not supported: a backward pass under vmap"
             return
@@ -403,13 +404,13 @@ class Recorder:
         self.reached = True
         if slot.backward is None:
             slot.arrival = next(ARRIVALS)
-        self._sampler.gradient(slot, grad, p, probes.backward_id())
+        self._sampler.gradient(slot, grad, p, engine.backward_id())
 
     def on_backward_start(self, p: Pass) -> bool:
         """A gradient reaches a forward pass, perhaps the first one; whether the pass is recorded."""
         if self.closed or p not in self._step.passes:
             return False
-        backward = probes.backward_id()
+        backward = engine.backward_id()
         if backward in p.begun:
             return True
         if backward not in self._running:
@@ -417,7 +418,7 @@ class Recorder:
                 self._settle_what_came_before(p)
                 self._accumulation.begin()
             self._running.add(backward)
-            probes.after_backward(probes.BackwardEndProbe(self, backward), last=True)
+            engine.after_backward(probes.BackwardEndProbe(self, backward), last=True)
         p.begun.add(backward)
         scale = self._scaled.scale_of(backward)
         if scale is not None:
@@ -442,9 +443,9 @@ class Recorder:
 
     def on_scaled_backward(self, scale: Tensor) -> None:
         """The backward pass of a scaled loss begins."""
-        backward = probes.backward_id()
+        backward = engine.backward_id()
         self._scaled.begin(backward, scale)
-        probes.after_backward(probes.ScaleEndProbe(self, backward))
+        engine.after_backward(probes.ScaleEndProbe(self, backward))
 
     def on_scaled_backward_end(self, backward: int) -> None:
         """The backward pass of a scaled loss came to its end."""
@@ -519,7 +520,7 @@ class Recorder:
         scale = self._optimizers.scale_of(scaler)
         if scale is None:
             return
-        for tensor in probes.tensors_in(scaled):
+        for tensor in tensors_in(scaled):
             if tensor.requires_grad:
                 tensor.register_hook(probes.ScaleProbe(self, scale))
 
@@ -541,7 +542,7 @@ class Recorder:
         """At the end of a step, which all ranks come to: pool its values, where all ranks watch."""
         if not self._ranks.many or self._step.settled or self._step.began_s is None:
             return
-        if probes.backward_id() != -1:
+        if engine.backward_id() != -1:
             return  # an optimizer that steps inside the backward pass: when the next forward begins
         self._step.settled = True
         self.index += self._ranks.settle()

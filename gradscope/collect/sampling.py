@@ -19,6 +19,14 @@ from gradscope import statistics
 from gradscope.collect import graph, probes
 from gradscope.collect.passes import LAST, PAIR, Call, Pass, Slot, TrunkPass
 from gradscope.collect.quick import quick_way
+from gradscope.collect.tensors import (
+    all_tensors_in,
+    first_tensor,
+    is_plain,
+    tensors_in,
+    version_of,
+    writes_of,
+)
 from gradscope.layers import Layer
 from gradscope.statistics import ACTIVATION, BRANCH, GRADIENT, SLOW_PAIR, Absent, Value
 
@@ -133,7 +141,7 @@ class Sampler:
                 p.trunks[trunk].reading = self._reading(p.trunks[trunk], site, args, kwargs)
             return None
         state = p.trunks[trunk] = TrunkPass()
-        source = probes.first_tensor(args, kwargs)
+        source = first_tensor(args, kwargs)
         if source is None:
             return None
         changed = None
@@ -157,11 +165,11 @@ class Sampler:
         state: TrunkPass, site: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> int | None:
         """The site, where the block's input is the stream position that is held."""
-        source, held = probes.first_tensor(args, kwargs), state.held_activation
-        if source is None or held is None or not (probes.is_plain(source) and probes.is_plain(held[0])):
+        source, held = first_tensor(args, kwargs), state.held_activation
+        if source is None or held is None or not (is_plain(source) and is_plain(held[0])):
             return None
         same = source.shape == held[0].shape and source.data_ptr() == held[0].data_ptr()
-        return site if same and probes.version_of(source) == held[1] else None
+        return site if same and version_of(source) == held[1] else None
 
     def output(
         self,
@@ -186,7 +194,7 @@ class Sampler:
         p.counts[site] = call.index + 1
         p.calls.append(call)
         state = p.trunks.setdefault(layer.trunk, TrunkPass()) if layer.is_block else None
-        tensors = probes.all_tensors_in(output)
+        tensors = all_tensors_in(output)
         # One that carries gradient is wanted; without any, the first one's activation is.
         carrying = [t for t in tensors if t.requires_grad] or tensors[:1]
         for i, tensor in enumerate(carrying):
@@ -195,7 +203,7 @@ class Sampler:
         if not carrying:
             return
         if state is not None:
-            self._join_stream(call, carrying[0], state, probes.first_tensor(args, kwargs))
+            self._join_stream(call, carrying[0], state, first_tensor(args, kwargs))
         elif layer.branch is not None:
             trunk = p.trunks.get(layer.trunk)
             self._compare_with_stream(call.slots[0], carrying[0], trunk, block)
@@ -212,11 +220,11 @@ class Sampler:
             reason = "not sampled"
         elif state is None or held is None or block is None or state.reading != block:
             reason = "not supported: the input of its block is no watched stream position"
-        elif not (probes.is_plain(held[0]) and probes.is_plain(output)):
+        elif not (is_plain(held[0]) and is_plain(output)):
             reason = _NOT_PLAIN
         elif held[0].shape != output.shape:
             reason = "not supported: other shape than the stream"
-        elif probes.version_of(held[0]) != held[1]:
+        elif version_of(held[0]) != held[1]:
             reason = "not supported: modified in place"
         else:
             axes = self._axes(slot, output)
@@ -248,7 +256,7 @@ class Sampler:
         tensors carry gradient: they take the hooks.
         """
         waiting = [c for c in p.calls if c.site == site and c.pending]
-        tensors = [t for t in probes.tensors_in(output) if t.requires_grad]
+        tensors = [t for t in tensors_in(output) if t.requires_grad]
         if not waiting or not tensors:
             return
         call = waiting[-1]  # the backward pass recomputes the last call first
@@ -266,11 +274,11 @@ class Sampler:
     def _sample(self, site: int, tensor: Tensor, p: Pass, state: TrunkPass | None) -> Slot:
         """Measure a tensor now and put a hook on it for its gradient."""
         layer = self._layers[site]
-        if not probes.is_plain(tensor):
+        if not is_plain(tensor):
             nothing = dict.fromkeys(range(len(ACTIVATION)), _NOT_PLAIN)
             return Slot(site, [math.nan] * len(ACTIVATION), nothing, owner=p, error=_NOT_PLAIN)
         known = p.aliases.get(id(tensor))
-        version = probes.version_of(tensor)
+        version = version_of(tensor)
         if state is None and known is not None and known[0]() is tensor and known[1] == version:
             # Not for a branch that hands a stream position on: both have relations of their own.
             if layer.branch is None or not known[2].stream:
@@ -313,7 +321,7 @@ class Sampler:
                 # base's.
                 tensor = base
             elif type(tensor) is Tensor and slot.owner is not None:
-                slot.writes = probes.writes_of(tensor)
+                slot.writes = writes_of(tensor)
                 slot.owner.views.append(slot)
         handle = probes.put_on(tensor, probe)
         if tensor.is_leaf:
@@ -335,11 +343,11 @@ class Sampler:
             columns = _ACTIVATION_PAIR + (_SLOW_PAIR if self.slow else ())
             for column in columns:
                 del earlier.absent[column]
-            if not (probes.is_plain(before) and probes.is_plain(tensor)):
+            if not (is_plain(before) and is_plain(tensor)):
                 earlier.absent.update(dict.fromkeys(columns, _NOT_PLAIN))
             elif before.shape != tensor.shape:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: the width changes"))
-            elif probes.version_of(before) != version:
+            elif version_of(before) != version:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: modified in place"))
             else:
                 dot, difference = _ACTIVATION_PAIR
@@ -349,7 +357,7 @@ class Sampler:
                     axes = self._axes(slot, tensor)
                     self._put(earlier, statistics.measure_pair(before, tensor, self._wanted, **axes))
         state.calls.append(call)
-        state.held_activation = (tensor.detach(), probes.version_of(tensor), slot)
+        state.held_activation = (tensor.detach(), version_of(tensor), slot)
         if self.slow:
             self._prove(call, graph.edge_of(tensor), previous, source, state)
         elif previous is not None:
@@ -381,7 +389,7 @@ class Sampler:
         An output in which no tensor can be seen proves nothing.
         """
         streams = {t: list(s.edges) for t, s in p.trunks.items() if s.unproven}
-        outputs = [e for t in probes.tensors_in(output) if (e := graph.edge_of(t)) is not None]
+        outputs = [e for t in tensors_in(output) if (e := graph.edge_of(t)) is not None]
         if not outputs:
             return
         for trunk, flags in graph.sole_successors(outputs, streams).items():

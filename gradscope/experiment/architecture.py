@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradscope.collect.probes import tensors_in
+from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.batches import mapped
 from gradscope.experiment.skip_proof import prove

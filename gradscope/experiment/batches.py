@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.collect.probes import tensors_in
+from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradscope.collect.probes import tensors_in
+from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.additions import Addition, Additions
 from gradscope.experiment.batches import first_float, replaced

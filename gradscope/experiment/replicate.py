@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.collect.parameters import Parameters
-from gradscope.collect.probes import tensors_in
+from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.architecture import architecture
 from gradscope.experiment.batches import model_loss, own_random_state

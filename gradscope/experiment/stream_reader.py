@@ -18,7 +18,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from gradscope.collect.probes import tensors_in
+from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.batches import first_float, replaced
 from gradscope.experiment.graph_nodes import Edge, arrivals, edge_of
