@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import EXAMPLES
+from small_models import hooks_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -418,16 +420,34 @@ def test_a_mask_is_not_ignored_in_silence() -> None:
 
 
 def test_closing_ends_it() -> None:
-    model = Net()
+    sizes: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def rows_in_memory() -> int:
+        torch._dynamo.reset()
+        gc.collect()
+        return sum(type(x) is Tensor and x.dtype == torch.float64 for x in gc.get_objects())
+
+    model, plain = Net(), Net()
+    hooks, rows = hooks_of(model), rows_in_memory()
     scope = gradscope.watch(model)
-    run = whole(model)
+    run: Any = torch.compile(model, backend=counting)
     run(x_of(0)).sum().backward()
     scope.close()
     steps = len(scope.record.steps)
-    before = run(x_of(1)).detach()
+    assert hooks_of(model) == hooks
+    after = run(x_of(1)).detach()
     torch._dynamo.reset()
-    assert torch.equal(before, whole(Net())(x_of(1)).detach())
+    expected = torch.compile(plain, backend=counting)(x_of(1)).detach()
+    assert torch.equal(after, expected)
+    # The graph of the watched model measured; what is compiled since is an unwatched model's.
+    assert sizes[0] > sizes[1] == sizes[2]
     assert len(scope.record.steps) == steps
+    del run
+    assert rows_in_memory() == rows
 
 
 def test_evaluations_are_not_recorded() -> None:

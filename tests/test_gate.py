@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.gate_models import ForgetsTheFirst
 from torch import Tensor, nn
 
 from gradscope import gate
@@ -222,24 +222,10 @@ def test_a_planted_regression_fails_and_its_block_is_named(baseline, batch, plan
     assert f"blocks.{BLOCK}" in str(outcome) and f"blocks.{BLOCK}" in outcome.markdown()
 
 
-class _Headless(torch.autograd.Function):
-    """The identity, whose backward pass forgets the first head."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[..., :8] = 0
-        return gradient
-
-
 def headless() -> nn.Module:
     model = make()
     value = model.blocks[BLOCK].attention.branch.function.value  # type: ignore[union-attr]
-    value.register_forward_hook(lambda module, args, output: _Headless.apply(output))
+    value.register_forward_hook(lambda module, args, output: ForgetsTheFirst.apply(output, 8))
     return model
 
 

@@ -73,18 +73,19 @@ def subject(name: str) -> tuple[Callable[[], nn.Module], Any, Any]:
 # -- planted regressions -------------------------------------------------------------------------
 
 
-class _WrongBackward(torch.autograd.Function):
-    """The identity, whose backward pass forgets the first head."""
+class ForgetsTheFirst(torch.autograd.Function):
+    """The identity, whose backward pass forgets the first features: those of the first head."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, features: int) -> Tensor:
+        ctx.features = features
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.clone()
-        gradient[..., : WIDTH // HEADS] = 0
-        return gradient
+        gradient[..., : ctx.features] = 0
+        return gradient, None
 
 
 def _sublayers(block: Any) -> tuple[Any, Any]:
@@ -132,7 +133,9 @@ def freeze(block: Any) -> None:
 def zero_head(block: Any) -> None:
     function = block.attention.branch.function
     for projection in (function.query, function.key, function.value):
-        projection.register_forward_hook(lambda module, args, output: _WrongBackward.apply(output))
+        projection.register_forward_hook(
+            lambda module, args, output: ForgetsTheFirst.apply(output, WIDTH // HEADS)
+        )
 
 
 def to_tanh(block: Any) -> None:
