@@ -43,6 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that start pytest or the command line read what it prints: a CI server's variables, or a
+    user's habits of colour and width, change that."""
+    for name in ("CI", "BUILD_NUMBER", "COLUMNS", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module", params=["one pass", "torch"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """Statistics by the optional extension modules, and without them."""
