@@ -47,7 +47,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that start pytest or the command line read what it prints: a CI server's variables, or a
     user's habits of colour and width, change that."""
-    for name in ("CI", "BUILD_NUMBER", "COLUMNS", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "PYTEST_ADDOPTS"):
+    for name in (
+        "CI",
+        "BUILD_NUMBER",
+        "COLUMNS",
+        "FORCE_COLOR",
+        "NO_COLOR",
+        "PY_COLORS",
+        "PYTEST_ADDOPTS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
