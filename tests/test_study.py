@@ -674,7 +674,12 @@ def test_ctrl_c_keeps_what_is_done_and_a_rerun_ends_as_if_nothing_had_happened(
 ) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
-        tiny_command(out), stderr=subprocess.PIPE, text=True, start_new_session=True
+        tiny_command(out),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # What a shell starts in the background ignores Ctrl-C, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while len(list((out / "records").glob("*.json"))) < 2:
