@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -193,3 +194,165 @@ def test_a_post_norm_block_adds_something_else_than_its_branches() -> None:
     model, batch = build("bert")
     with pytest.raises(MeasureError, match="not what is added"):
         gradscope.effective_depth(model.eval(), batch, method="residual_cosine")
+
+
+class ConvBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.conv(x))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(ConvBlock() for _ in range(3))
+        self.head = nn.Linear(3, 20)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Outside(nn.Module):
+    """The model itself adds what its blocks return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(4))
+        self.head = nn.Linear(4, 20)
+        self.double()
+
+    def stream(self, x: Tensor) -> list[Tensor]:
+        found = [x]
+        for block in self.blocks:
+            found.append(found[-1] + block(found[-1]))
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stream(x)[-1])
+
+
+def turns(stream: list[Tensor], features: int) -> list[float]:
+    """1 − mean cos(h_l, h_l+1)."""
+    cosine = torch.nn.functional.cosine_similarity
+    return [1 - float(cosine(a, b, features).mean()) for a, b in itertools.pairwise(stream)]
+
+
+def test_the_features_of_images_are_their_channels() -> None:
+    model, x = Images(), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        stream = [x]
+        for block in model.blocks:
+            stream.append(block(stream[-1]))
+    found = read(model, "block_influence", x)
+    assert found.evidence["block_influence"] == pytest.approx(turns(stream, 1), rel=1e-9)
+    alone = read(Images(), "angular", x[:1, :, :1, :1])
+    with torch.no_grad():
+        stream = [x[:1, :, :1, :1]]
+        for block in model.blocks:
+            stream.append(block(stream[-1]))
+    angles = [math.acos(1 - t) / math.pi for t in turns(stream, 1)]
+    assert alone.evidence["angular_distance"] == pytest.approx(angles, rel=1e-6)
+
+
+def test_the_stream_of_a_model_that_adds_its_blocks_outputs_itself() -> None:
+    model, x = Outside(), torch.randn(2, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        stream = model.stream(x)
+        final = model.head(stream[-1]).log_softmax(-1)
+        lens = [model.head(h).log_softmax(-1) for h in stream[:-1]]
+    kl = [float((p.exp() * (p - final)).sum(-1).mean()) for p in lens]
+    found = read(model, "block_influence", x)
+    assert found.evidence["block_influence"] == pytest.approx(turns(stream, -1), rel=1e-9)
+    assert read(model, "lens_kl", x).evidence["kl"] == pytest.approx(kl, rel=1e-9)
+
+
+def test_a_stream_that_is_not_known_is_refused() -> None:
+    class Between(Turning):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = torch.tanh(block(x))
+            return self.head(x)
+
+    with pytest.raises(MeasureError, match=r"What enters blocks.1 is neither"):
+        read(Between([0.1, 0.2]), "angular")
+    with pytest.raises(MeasureError, match="more than once"):
+        read(Turning([0.1, 0.2]), "angular", loss=lambda m, b: m(b).sum() + m(b * 2).sum())
+
+
+def test_every_pass_has_a_batch_of_its_own() -> None:
+    def takes(model: Any, batch: Any) -> Tensor:
+        return model(batch.pop("x").mul_(0.5)).sum()
+
+    model, x = Outside(), torch.randn(2, 3, 4, dtype=torch.float64)
+    batch = {"x": x.clone()}
+    found = read(model, "lens_kl", batch, takes)
+    assert found.evidence["kl"] == pytest.approx(read(model, "lens_kl", x / 2).evidence["kl"])
+    assert torch.equal(batch["x"], x)
+
+
+def test_the_trunk_that_runs_last_is_read() -> None:
+    def encoder() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(4, 1, 8, batch_first=True)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first = encoder(), encoder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model = Two().double().eval()
+    assert read(model, "angular").reading_point == "blocks of second.layers"
+    first = read(model, "angular", loss=lambda m, b: m.first(b).sum())
+    assert first.reading_point == "blocks of first.layers"
+
+
+def test_a_mask_among_named_arguments_is_not_the_stream() -> None:
+    class Masked(Turn):
+        def forward(self, *, mask: Tensor, x: Tensor) -> Tensor:
+            return super().forward(x) * mask
+
+    class Model(Turning):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(mask=torch.ones(x.shape[1], 1, dtype=x.dtype), x=x)
+            return x
+
+    model = Model([0.0, 0.0])
+    model.blocks = nn.ModuleList(Masked(a) for a in (0.3, 0.1))
+    assert read(model, "angular").evidence["angular_distance"] == pytest.approx(
+        [0.3 / math.pi, 0.1 / math.pi]
+    )
+
+
+def test_what_says_nothing_is_absent() -> None:
+    few = read(Turning([0.3, 0.1], nn.Linear(4, 16).double()), "lens_overlap")
+    assert math.isnan(few.value) and "of 16 classes" in few.status
+    still = read(Turning([0.0, 0.0], nn.Linear(4, 30).double()), "lens_kl")
+    assert math.isnan(still.value) and still.status == "no block changes the output"
+    random = nn.Sequential(Turning([0.1, 0.2]), nn.Dropout(0.5))
+    with pytest.raises(MeasureError, match=r"model.eval\(\)"):
+        read(random, "angular")
+    part = Turning([0.1, 0.2])
+    model = nn.ModuleDict({"part": part})
+    with pytest.raises(MeasureError, match="does not call the model itself"):
+        read(model, "lens_kl", loss=lambda m, b: m["part"](b).sum())
+
+
+def test_bfloat16_rounds_the_sum_of_the_branches() -> None:
+    from hub_models import build
+
+    model, batch = build("llama")
+    exact = gradscope.effective_depth(model.eval().double(), batch, method="residual_cosine")
+    rounded = gradscope.effective_depth(model.bfloat16(), batch, method="residual_cosine")
+    assert rounded.evidence["cosine"] == pytest.approx(exact.evidence["cosine"], abs=0.02)

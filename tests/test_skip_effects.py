@@ -114,3 +114,98 @@ def test_what_cannot_be_had_is_said() -> None:
     widths = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 4), nn.Linear(4, 4)).double()
     with pytest.raises(MeasureError, match="changes its width"):
         skip_effects(widths, X, loss)
+
+
+def test_a_model_that_adds_its_blocks_outputs_itself() -> None:
+    """The same net, once with the skip in its blocks and once around them."""
+
+    class Branch(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - x
+
+    class Outside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(x)
+
+    net, outside = Net(), Outside()
+    outside.blocks = nn.ModuleList(Branch() for _ in range(4))
+    outside.load_state_dict(net.state_dict())
+    inside = skip_effects(net, X, loss, positions=(2,))
+    found = skip_effects(outside, X, loss, positions=(2,))
+    for name in ("effect", "output", "future", "future_output"):
+        np.testing.assert_allclose(getattr(found, name), getattr(inside, name), rtol=1e-9)
+
+
+def test_the_tokens_of_images_are_their_pixels() -> None:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.conv(x))
+
+    torch.manual_seed(0)
+    first, second = Conv().double(), Conv().double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    found = skip_effects(nn.Sequential(first, second).eval(), x, loss)
+    with torch.no_grad():
+        plain, changed = (second(h) - h for h in (first(x), x))
+    expected = ((plain - changed).norm(dim=1) / plain.norm(dim=1)).max()
+    assert found.effect[0, 1] == pytest.approx(float(expected), rel=1e-9)
+    with pytest.raises(MeasureError, match="takes a stream"):
+        skip_effects(nn.Sequential(first, second).eval(), x, loss, positions=(1,))
+
+
+def test_every_pass_has_a_batch_of_its_own() -> None:
+    def takes(model: Any, batch: Any) -> Tensor:
+        return model(batch.pop("x").mul_(0.5)).sum()
+
+    batch = {"x": X.clone()}
+    found = skip_effects(Net(), batch, takes)
+    np.testing.assert_allclose(found.effect, skip_effects(Net(), X / 2, loss).effect)
+    assert torch.equal(batch["x"], X)
+
+
+def test_an_output_that_is_not_seen_or_not_by_tokens_is_absent() -> None:
+    class Pooled(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(1)
+
+    found = skip_effects(Pooled(), X, loss, positions=(2,))
+    assert np.isfinite(found.output).all() and found.output_status == "ok"
+    assert found.future_output is not None and np.isnan(found.future_output).all()
+    assert "not of single tokens" in found.future_output_status
+    assert found.future is not None and np.isfinite(found.future[0, 1:]).all()
+    part = nn.ModuleDict({"net": Net()})
+    found = skip_effects(part, X, lambda m, b: m["net"](b).sum())
+    assert np.isnan(found.output).all() and "does not call the model itself" in found.output_status
+    np.testing.assert_allclose(found.effect, skip_effects(Net(), X, loss).effect)
+
+
+def test_tokens_first_and_a_stream_that_is_not_finite_are_refused() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    with pytest.raises(MeasureError, match="tokens first"):
+        skip_effects(model, torch.randn(5, 2, 8), loss, batch_dim=1, positions=(1,))
+    with pytest.raises(MeasureError, match="not finite"):
+        skip_effects(Net(), X * float("inf"), loss)
+
+
+def test_what_is_no_longer_finite_without_a_block_is_infinite() -> None:
+    class Root(Block):
+        """Adds the root of the stream, which is positive behind the first block."""
+
+        def __init__(self, up: float) -> None:
+            super().__init__()
+            self.up = up
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (self.up or x.sqrt())
+
+    net = Net()
+    net.blocks = nn.ModuleList(Root(up) for up in (9.0, 0.0, 0.0))
+    found = skip_effects(net, -torch.rand(2, 6, 5, dtype=torch.float64) - 1, loss)
+    assert np.isinf(found.effect[0, 1]) and np.isinf(found.output[0]) and np.isfinite(found.effect[1, 2])

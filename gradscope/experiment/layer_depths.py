@@ -8,29 +8,27 @@ whatever comes behind is the model's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import first_float, loss_or_own, part_of, replaced, sample_count
 from gradscope.experiment.depth_methods import DepthReading, DepthRequest, depth_method
-from gradscope.experiment.untouched import shared_copy, undisturbed, unwrapped
-from gradscope.layers import Trunk, find_trunks, named_layers
+from gradscope.experiment.stream_run import StreamRun, run_stream
 
-__all__ = ["StreamRun", "logits_of", "run_stream"]
+__all__ = ["logits_of"]
 
 _CSORDAS: Final = "Csordás et al. 2025, arXiv:2505.13898"
 #: Of how many of the most probable outputs the overlap is taken.
 _TOP: Final = 5
-#: How far the branches' outputs may miss what is added to the stream, relative to it.
+#: The overlap from which on the lens shows what the model will return.
+_OVERLAP: Final = 0.3
+#: How far the branches' outputs may miss what is added to the stream, relative to that, beside rounding.
 _ADDED: Final = 1e-3
 
 
@@ -43,11 +41,12 @@ _ADDED: Final = 1e-3
 def lens_kl(request: DepthRequest) -> DepthReading:
     """Where the logit lens comes half-way to the output: as a ratio of the depth, (l + 1)/L.
 
-    The first crossing is fragile. Evidence: ``kl`` of every block's input in nats, and
-    ``last_crossing``, l + 1 for the first l from which on all of them stay below.
+    L where no block's input is that near. The first crossing is fragile. Evidence: ``kl`` of every
+    block's input in nats, and ``last_crossing``, l + 1 for the first l from which on all stay below.
     """
-    kl, _, name = _lens(request)
-    return _crossing(kl < kl.max() / 2, {"kl": kl}, name)
+    kl, _, run = _lens(request)
+    status = "no block changes the output" if kl.max() <= 0 else "ok"
+    return _crossing(kl < kl.max() / 2, {"kl": kl}, _name(run), status)
 
 
 @depth_method(
@@ -59,10 +58,14 @@ def lens_kl(request: DepthRequest) -> DepthReading:
 def lens_overlap(request: DepthRequest) -> DepthReading:
     """Where the lens's most probable outputs become those of the model: as a ratio, (l + 1)/L.
 
+    L where no block's input gets there. Absent with so few classes that two random rankings would.
     Evidence: ``overlap`` of every block's input, and ``last_crossing`` as for ``lens_kl``.
     """
-    _, overlap, name = _lens(request)
-    return _crossing(overlap > 0.3, {"overlap": overlap}, name)
+    _, overlap, run = _lens(request)
+    classes = logits_of(run.output).shape[-1]
+    by_chance = classes * _OVERLAP < _TOP
+    status = f"of {classes} classes, any {_TOP} share more than that by chance" if by_chance else "ok"
+    return _crossing(overlap > _OVERLAP, {"overlap": overlap}, _name(run), status)
 
 
 @depth_method(
@@ -73,8 +76,10 @@ def lens_overlap(request: DepthRequest) -> DepthReading:
 )
 def block_influence(request: DepthRequest) -> DepthReading:
     """How many blocks turn the stream, by the exponential entropy of their Block Influence."""
-    stream, name = _stream(request)
-    return _taking_part(1 - _cosines(stream), "block_influence", name)
+    run = run_stream(request)
+    # 1 − cos = ½‖u − v‖² of unit vectors, which keeps the digits of a small one.
+    influence = [float((_chords(a, b)[0] ** 2).mean() / 2) for a, b in _pairs(run)]
+    return _taking_part(np.array(influence), "block_influence", _name(run))
 
 
 @depth_method(
@@ -85,9 +90,9 @@ def block_influence(request: DepthRequest) -> DepthReading:
 )
 def angular(request: DepthRequest) -> DepthReading:
     """How many blocks turn the stream, by the exponential entropy of their angular distances."""
-    stream, name = _stream(request)
-    distance = np.array([float(_angle(a, b).mean()) / math.pi for a, b in _pairs(stream)])
-    return _taking_part(distance, "angular_distance", name)
+    run = run_stream(request)
+    distance = np.array([float(_angle(a, b).mean()) / math.pi for a, b in _pairs(run)])
+    return _taking_part(distance, "angular_distance", _name(run))
 
 
 @depth_method(
@@ -99,19 +104,23 @@ def angular(request: DepthRequest) -> DepthReading:
 def residual_cosine(request: DepthRequest) -> DepthReading:
     """Where blocks stop erasing and begin to refine; F what is added, h the stream that it is added to.
 
+    Branches are taken as added one after the other, in the order of their calls, also where they are
+    parallel.
     Evidence: ``cosine``, the mean of every block.
     """
     run = run_stream(request)
     means: list[float] = []
-    for number, (before, after) in enumerate(_pairs(run.stream)):
+    rounding = torch.finfo(run.stream[-1].dtype).eps
+    for number, (before, after) in enumerate(_pairs(run)):
         h, found = before, [float(_cosine(after - before, before).mean())]
-        for branch in (b.double() for b in run.branches.get(number, [])):
-            if branch.shape != h.shape:
+        for output in run.branches.get(number, []):
+            if output.shape != run.stream[number].shape:
                 raise MeasureError(_not_added(run, number))
+            branch = run.features_last(output)
             found.append(float(_cosine(branch, h).mean()))
             h = h + branch
-        off = float((h - after).norm() / after.norm())
-        if len(found) < 3 or not off <= _ADDED:
+        allowed = _ADDED * (after - before).norm() + 2 * rounding * after.norm()
+        if len(found) < 3 or not (h - after).norm() <= allowed:
             raise MeasureError(_not_added(run, number))
         means.append(sum(found) / len(found))
     cosine = np.asarray(means)
@@ -133,123 +142,23 @@ def _not_added(run: StreamRun, number: int) -> str:
     )
 
 
-# -- the pass --------------------------------------------------------------------------------------
+# -- the logit lens ----------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class StreamRun:
-    """What a forward pass showed: the stream, [P] tensors, and each block call's branch outputs."""
-
-    model: nn.Module
-    again: Callable[[], Any]
-    trunk: Trunk
-    stream: list[Tensor] = field(default_factory=list[Tensor])
-    blocks: list[str] = field(default_factory=list[str])
-    branches: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
-    output: Any = None
-
-
-def run_stream(request: DepthRequest) -> StreamRun:
-    """Run a copy of the model without gradients."""
-    model = unwrapped(request.model)
-    twin = shared_copy(model)
-    trunks = find_trunks(twin)
-    names = [trunk.name for trunk in trunks]
-    if not trunks:
-        raise MeasureError(f"No trunk found in {type(model).__name__}: no container of repeated blocks.")
-    if request.trunk is not None and request.trunk not in names:
-        raise MeasureError(f'trunk="{request.trunk}" is none of the trunks: {", ".join(names)}.')
-    trunk = trunks[-1] if request.trunk is None else trunks[names.index(request.trunk)]
-    loss = loss_or_own(request.loss, request.batch)
-    samples = sample_count(request.batch, request.batch_dim)
-    batch = part_of(request.batch, request.batch_dim, 0, samples)
-    run = StreamRun(twin, lambda: loss(twin, batch), trunk)
-    modules = named_layers(twin)
-    with undisturbed(twin), torch.no_grad(), ExitStack() as stack:
-
-        def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
-            h = first_float((args, kwargs))
-            if h is not None and not run.stream:
-                run.stream.append(h.detach().clone())
-
-        def left(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                h = first_float(output)
-                if h is not None:
-                    run.stream.append(h.detach().clone())
-                    run.blocks.append(name)
-
-            return hook
-
-        def added(module: nn.Module, args: Any, output: Any) -> None:
-            value = first_float(output)
-            if value is not None:
-                run.branches.setdefault(len(run.blocks), []).append(value.detach().clone())
-
-        def ended(module: nn.Module, args: Any, output: Any) -> None:
-            run.output = output
-
-        first = trunk.parts[0][0] if trunk.parts else trunk.blocks[0]
-        stack.callback(modules[first].register_forward_pre_hook(entered, with_kwargs=True).remove)
-        for name, branches in zip(trunk.blocks, trunk.branches, strict=True):
-            for branch in branches:
-                stack.callback(modules[branch].register_forward_hook(added).remove)
-            stack.callback(modules[name].register_forward_hook(left(name)).remove)
-        stack.callback(twin.register_forward_hook(ended).remove)
-        run.again()
-    if len(run.stream) < 2:
-        raise MeasureError(f"The blocks of {trunk.name} were not called in the forward pass of the loss.")
-    return run
-
-
-def _stream(request: DepthRequest) -> tuple[list[Tensor], str]:
-    run = run_stream(request)
-    return run.stream, f"blocks of {run.trunk.name}"
-
-
-def _lens(request: DepthRequest) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], str]:
+def _lens(request: DepthRequest) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], StreamRun]:
     """KL(p_l‖p) in nats and the overlap of the most probable outputs, [L] each, means over positions."""
     run = run_stream(request)
     final = logits_of(run.output).log_softmax(-1)
-    last = named_layers(run.model)[run.blocks[-1]]
     top = min(_TOP, final.shape[-1])
     best = final.topk(top, -1).indices
     kl: list[float] = []
     overlap: list[float] = []
     for h in run.stream[:-1]:
-        found = logits_of(_with_last(run, last, h)).log_softmax(-1)
+        found = logits_of(run.ending_with(h)).log_softmax(-1)
         kl.append(float((found.exp() * (found - final)).sum(-1).mean()))
         common = (found.topk(top, -1).indices[..., :, None] == best[..., None, :]).any(-1)
         overlap.append(float(common.double().mean()))
-    return np.asarray(kl), np.asarray(overlap), f"blocks of {run.trunk.name}"
-
-
-def _with_last(run: StreamRun, last: nn.Module, h: Tensor) -> Any:
-    """The model's output with this at the end of its trunk."""
-    calls = 0
-    of_last = run.blocks.count(run.blocks[-1])
-    output: list[Any] = []
-
-    def swap(module: nn.Module, args: Any, value: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls < of_last:
-            return None
-        end = first_float(value)
-        if end is None or end.shape != h.shape:
-            raise MeasureError(
-                "The stream changes its width: its inner positions fit no final norm and head."
-            )
-        return replaced(value, end, h.clone())
-
-    def ended(module: nn.Module, args: Any, value: Any) -> None:
-        output.append(value)
-
-    with undisturbed(run.model), torch.no_grad(), ExitStack() as stack:
-        stack.callback(last.register_forward_hook(swap).remove)
-        stack.callback(run.model.register_forward_hook(ended).remove)
-        run.again()
-    return output[-1]
+    return np.asarray(kl), np.asarray(overlap), run
 
 
 def logits_of(output: Any) -> Tensor:
@@ -258,6 +167,11 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         MeasureError: it returned none.
     """
+    if output is None:
+        raise MeasureError(
+            "The loss does not call the model itself, but a part of it, or the model returned nothing: "
+            "its logits are not seen. Write a loss that calls model(...)."
+        )
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.dim() < 2:
         raise MeasureError(
@@ -270,12 +184,17 @@ def logits_of(output: Any) -> Tensor:
 # -- what follows ------------------------------------------------------------------------------------
 
 
-def _pairs(stream: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _name(run: StreamRun) -> str:
+    return f"blocks of {run.trunk.name}"
+
+
+def _pairs(run: StreamRun) -> list[tuple[Tensor, Tensor]]:
+    """Neighbouring positions of the stream, features last, float64."""
     found: list[tuple[Tensor, Tensor]] = []
-    for a, b in pairwise(stream):
+    for a, b in pairwise(run.stream):
         if a.shape != b.shape:
             raise MeasureError("The stream changes its width: neighbouring positions cannot be compared.")
-        found.append((a.double(), b.double()))
+        found.append((run.features_last(a), run.features_last(b)))
     return found
 
 
@@ -285,18 +204,21 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
-def _cosines(stream: list[Tensor]) -> npt.NDArray[np.float64]:
-    return np.array([float(_cosine(a, b).mean()) for a, b in _pairs(stream)])
+def _chords(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """‖u − v‖ and ‖u + v‖ of the unit vectors of each position; NaN where one of them is exactly 0."""
+    a, b = (x / x.abs().amax(-1, keepdim=True) for x in (a, b))
+    u, v = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
+    return (u - v).norm(dim=-1), (u + v).norm(dim=-1)
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
     """The angle of each position; by the chords, which keep the digits of a small one."""
-    u, v = (x / x.norm(dim=-1, keepdim=True) for x in (a, b))
-    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
+    apart, together = _chords(a, b)
+    return 2 * torch.atan2(apart, together)
 
 
 def _crossing(
-    crossed: npt.NDArray[np.bool_], evidence: dict[str, npt.NDArray[np.float64]], name: str
+    crossed: npt.NDArray[np.bool_], evidence: dict[str, npt.NDArray[np.float64]], name: str, status: str
 ) -> DepthReading:
     length = len(crossed)
     first = int(np.argmax(crossed)) + 1 if crossed.any() else length
@@ -304,7 +226,7 @@ def _crossing(
     last = min(int(staying[-1]) + 2, length) if len(staying) else 1
     evidence = {**evidence, "last_crossing": np.array([float(last)])}
     values = next(iter(evidence.values()))
-    status = "ok" if np.isfinite(values).all() else "the logits are not finite"
+    status = status if np.isfinite(values).all() else "the logits are not finite"
     return DepthReading(
         value=float(first) if status == "ok" else math.nan,
         most=length,

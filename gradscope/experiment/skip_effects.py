@@ -14,8 +14,8 @@ position t only, and the effect is taken from t on.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import first_float, loss_or_own, replaced
 from gradscope.experiment.depth_methods import DepthRequest
-from gradscope.experiment.layer_depths import StreamRun, logits_of, run_stream
+from gradscope.experiment.layer_depths import logits_of
 from gradscope.experiment.progress import counted
-from gradscope.experiment.untouched import refuse_coupled_samples, undisturbed, unwrapped
-from gradscope.layers import named_layers
+from gradscope.experiment.stream_run import StreamRun, run_stream
 
 __all__ = ["SkipEffects", "skip_effects"]
 
@@ -43,7 +41,8 @@ class SkipEffects:
 
     Attributes:
         blocks: names of the block calls, [L].
-        effect: effect[s, l], [L, L] float64; NaN for l ≤ s.
+        effect: effect[s, l], [L, L] float64; NaN for l ≤ s, and where l adds exactly nothing to any
+            token; inf where what l adds without s is no longer finite.
         output: the largest change of the output's probabilities over tokens, [L]; NaN where the model has
             no logits, and then ``output_status`` says so.
         future: the same as ``effect`` for tokens behind the skipped ones, the largest over ``positions``;
@@ -51,6 +50,8 @@ class SkipEffects:
         future_output: the same as ``output``.
         positions: the positions t before which blocks were skipped for ``future``.
         output_status: ``ok``, or why there is no effect on the output.
+        future_output_status: the same for ``future_output``: there is none where the output is not by
+            tokens.
     """
 
     blocks: tuple[str, ...]
@@ -60,6 +61,7 @@ class SkipEffects:
     future_output: Array | None
     positions: tuple[int, ...]
     output_status: str = "ok"
+    future_output_status: str = "ok"
 
     def __str__(self) -> str:
         lines = [f"{'skipped':<28} {'largest effect behind it':>24} {'on the output':>14}"]
@@ -94,52 +96,57 @@ def skip_effects(
         model: the model, in ``model.eval()``; a copy that shares its parameters is run.
         batch: what ``loss`` takes.
         loss: ``loss(model, batch)``, which runs the model. None: ``model(**batch).loss``.
-        trunk: which trunk, by name; None: the last one.
+        trunk: which trunk, by name; None: the one that runs last.
         positions: for the effect on future tokens of a causal model with a stream [batch, tokens,
-            features]: the positions t before which each block is skipped; L further passes each.
+            features]: the positions t before which each block is skipped; L further passes each. Tokens
+            of padding count like all others, in every effect.
         batch_dim: the dimension of the samples.
         progress: whether to say on a terminal how far it is.
 
     Raises:
-        MeasureError: no trunk, a stream that changes its shape, active dropout, or positions outside of
-            the sequence.
+        MeasureError: no trunk, a stream that changes its shape or is not finite, active dropout,
+            BatchNorm on batch statistics, or positions outside of the sequence.
     """
-    model = unwrapped(model)
-    refuse_coupled_samples(model)
-    request = DepthRequest(
-        model=model, batch=batch, loss=loss_or_own(loss, batch), trunk=trunk, batch_dim=batch_dim
-    )
-    run = run_stream(request)
+    run = run_stream(DepthRequest(model=model, batch=batch, loss=loss, trunk=trunk, batch_dim=batch_dim))
     shapes = {h.shape for h in run.stream}
     if len(shapes) > 1:
         raise MeasureError("The stream changes its width: a block that is skipped fits no later one.")
-    tokens = run.stream[0].shape[1] if run.stream[0].dim() == 3 else 0
+    if not all(bool(torch.isfinite(h).all()) for h in run.stream):
+        raise MeasureError("The stream is not finite: nothing that a block adds to it can be compared.")
+    tokens = run.stream[0].shape[1] if run.stream[0].dim() == 3 and run.tokens_second else 0
+    if positions and not tokens:
+        raise MeasureError(
+            f"positions={list(positions)} takes a stream [batch, tokens, features]; here it has shape "
+            f"{tuple(run.stream[0].shape)}{'' if run.tokens_second else ', tokens first'}."
+        )
     if any(not 0 < t < tokens for t in positions):
         raise MeasureError(
-            f"positions={list(positions)}: each lies between two tokens of a stream [batch, tokens, "
-            f"features], from 1 to {max(tokens - 1, 0)}."
+            f"positions={list(positions)}: each lies between two tokens, from 1 to {tokens - 1}."
         )
     length = len(run.blocks)
-    why = "ok"
+    why = future_why = "ok"
     try:
         plain = logits_of(run.output).softmax(-1)
     except MeasureError as error:
-        plain, why = None, str(error)
+        plain, why, future_why = None, str(error), str(error)
+    by_token = plain is not None and plain.shape[:2] == run.stream[0].shape[:2]
+    if plain is not None and positions and not by_token:
+        future_why = f"the logits have shape {tuple(plain.shape)}: they are not of single tokens"
     effect, output = np.full((length, length), np.nan), np.full(length, np.nan)
     future = np.full((length, length), np.nan) if positions else None
     future_output = np.full(length, np.nan) if positions else None
-    before = _added(run.stream)
+    before = _added(run, run.stream)
     for s in counted(range(length), "skip effects", show=progress):
-        stream, result = _without(run, s, None)
-        effect[s, s + 1 :] = _effects(before, _added(stream), s, 0)
+        stream, result = run.without(s)
+        effect[s, s + 1 :] = _effects(before, _added(run, stream), s, 0)
         if plain is not None:
             output[s] = _change(plain, logits_of(result).softmax(-1), 0)
         for t in positions:
             assert future is not None and future_output is not None
-            stream, result = _without(run, s, t)
-            here = _effects(before, _added(stream), s, t)
+            stream, result = run.without(s, t)
+            here = _effects(before, _added(run, stream), s, t)
             future[s, s + 1 :] = np.fmax(future[s, s + 1 :], here)
-            if plain is not None:
+            if plain is not None and by_token:
                 change = _change(plain, logits_of(result).softmax(-1), t)
                 future_output[s] = np.fmax(future_output[s], change)
     return SkipEffects(
@@ -150,11 +157,13 @@ def skip_effects(
         future_output=future_output,
         positions=tuple(positions),
         output_status=why,
+        future_output_status=future_why,
     )
 
 
-def _added(stream: list[Tensor]) -> list[Tensor]:
-    return [(b.double() - a.double()) for a, b in itertools.pairwise(stream)]
+def _added(run: StreamRun, stream: list[Tensor]) -> list[Tensor]:
+    h = [run.features_last(position) for position in stream]
+    return [after - before for before, after in itertools.pairwise(h)]
 
 
 def _effects(before: list[Tensor], after: list[Tensor], s: int, start: int) -> list[float]:
@@ -162,50 +171,13 @@ def _effects(before: list[Tensor], after: list[Tensor], s: int, start: int) -> l
     for plain, changed in zip(before[s + 1 :], after[s + 1 :], strict=True):
         size = plain.norm(dim=-1)
         change = (plain - changed).norm(dim=-1) / size
-        change = change[:, start:] if start else change
         # A block that adds exactly nothing to a token has no relative change there.
-        change = change[torch.isfinite(change)]
-        found.append(float(change.max()) if change.numel() else float("nan"))
+        some = size > 0
+        change = (change[:, start:][some[:, start:]] if start else change[some]).nan_to_num(nan=math.inf)
+        found.append(float(change.max()) if change.numel() else math.nan)
     return found
 
 
 def _change(plain: Tensor, changed: Tensor, start: int) -> float:
     change = (plain - changed).norm(dim=-1)
-    return float((change[:, start:] if start else change).max())
-
-
-def _without(run: StreamRun, skipped: int, until: int | None) -> tuple[list[Tensor], Any]:
-    """The stream and the output of the model with one block call skipped, before a position or at all."""
-    modules = named_layers(run.model)
-    stream: list[Tensor] = []
-    output: list[Any] = []
-
-    def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
-        h = first_float((args, kwargs))
-        if h is not None and not stream:
-            stream.append(h.detach().clone())
-
-    def left(module: nn.Module, args: Any, value: Any) -> Any:
-        h = first_float(value)
-        if h is None:
-            return None
-        if len(stream) - 1 != skipped:
-            stream.append(h.detach().clone())
-            return None
-        kept = stream[-1].clone()
-        if until is not None:
-            kept[:, until:] = h[:, until:]
-        stream.append(kept.clone())
-        return replaced(value, h, kept)
-
-    def ended(module: nn.Module, args: Any, value: Any) -> None:
-        output.append(value)
-
-    first = run.trunk.parts[0][0] if run.trunk.parts else run.trunk.blocks[0]
-    with undisturbed(run.model), torch.no_grad(), ExitStack() as stack:
-        stack.callback(modules[first].register_forward_pre_hook(entered, with_kwargs=True).remove)
-        for name in run.trunk.blocks:
-            stack.callback(modules[name].register_forward_hook(left).remove)
-        stack.callback(run.model.register_forward_hook(ended).remove)
-        run.again()
-    return stream, output[-1]
+    return float((change[:, start:] if start else change).nan_to_num(nan=math.inf).max())
