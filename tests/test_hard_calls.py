@@ -145,6 +145,20 @@ def test_a_forward_past_the_models_own_hooks(how: str) -> None:
     assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [50] * 3
 
 
+def test_steps_between_the_recorded_ones_end_past_the_models_own_hooks_too() -> None:
+    model = stack()
+    optimizer = sgd(model)
+    expected = []
+    with gradscope.watch(model, layers="**", every=2) as scope:
+        for i in range(5):
+            expected.append(truth(model, batch(i), layers=LAYERS))
+            model.forward(batch(i)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [s.step for s in scope.record.steps] == [0, 2, 4]
+    assert [assert_true(scope.record, expected[i], step=i) for i in (0, 2, 4)] == [50] * 3
+
+
 # -- arguments and losses ----------------------------------------------------------------------------
 
 

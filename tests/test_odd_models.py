@@ -158,6 +158,93 @@ def test_left_out_in_one_micro_batch_only() -> None:
     assert assert_true(scope.record, expected) == 52
 
 
+class Ordered(Stack):
+    """Runs its blocks in the order that it is told."""
+
+    order: tuple[int, ...] = (0, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for i in self.order:
+            h = self.blocks[i](h)
+        return self.head(h)
+
+
+def ordered(m: Any, pair: Any) -> Tensor:
+    m.order, x = pair
+    return m(x).square().mean()
+
+
+def depths_of(record: Record) -> dict[str, float]:
+    rows = record.table(signal="activation", statistic="dot_next")
+    called = rows["status"] != "not called"
+    at = zip(rows["layer"], rows["type"], rows["depth"], called, strict=True)
+    return {layer: float(depth) for layer, kind, depth, ran in at if ran and kind != "Stream"}
+
+
+@pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0), (2, 0)])
+def test_blocks_in_another_order_have_their_depths_in_forward_order(order: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Ordered().double()
+    optimizer = sgd(model)
+    model.order = order
+    hidden: list[Tensor] = []
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.register_forward_hook(lambda m, a, out: hidden.append(out))
+    ordered(twin, (order, batch()))
+    with gradscope.watch(model) as scope:
+        ordered(model, (order, batch())).backward()
+        optimizer.step()
+    assert depths_of(scope.record) == {f"blocks.{b}": n + 1.0 for n, b in enumerate(order)}
+    for n, b in enumerate(order[:-1]):
+        dot = (hidden[n] * hidden[n + 1]).sum().item()
+        assert_equal(value(scope.record, f"blocks.{b}", "activation", "dot_next"), dot)
+        branch = scope.record.table(layer=f"blocks.{b}.mlp", signal="activation", statistic="l2")
+        assert branch["depth"].tolist() == [n + 1.0]
+    # What did not run stands in nobody's place.
+    rows = scope.record.table(signal="activation", statistic="dot_next")
+    there = [float(d) for d in rows["depth"] if not math.isnan(d)]
+    assert len(there) == len(set(there))
+
+
+def test_positions_that_micro_batches_have_in_different_orders_are_on_no_axis() -> None:
+    torch.manual_seed(0)
+    model = Ordered().double()
+    optimizer = sgd(model)
+    pairs = [((0, 1, 2), batch(0)), ((0, 2, 1), batch(1))]
+    expected = truth(model, *pairs, loss=ordered)
+    with gradscope.watch(model, layers="**") as scope:
+        for pair in pairs:
+            ordered(model, pair).backward()
+        optimizer.step()
+    assert assert_true(scope.record, expected) == 52
+    depths = depths_of(scope.record)
+    assert depths["blocks.0"] == 1.0 and math.isnan(depths["blocks.1"]) and math.isnan(depths["blocks.2"])
+
+
+def test_pairs_are_of_the_same_two_positions_in_every_micro_batch() -> None:
+    """Else an inner product of some micro-batches would stand beside the norms of all."""
+    torch.manual_seed(0)
+    model = Ordered(*(Block() for _ in range(5))).double()
+    optimizer = sgd(model)
+    pairs = [((0, 1, 2, 4), batch(0)), ((0, 2, 3, 4), batch(1))]
+    with gradscope.watch(model, layers="**", slow_every=1) as scope:
+        for pair in pairs:
+            ordered(model, pair).backward()
+        optimizer.step()
+    why = "not supported: not the same two positions in every micro-batch"
+    for statistic in ("dot_next", "diff_next_l2", "cosine_next", "unit_skip"):
+        found = [status(scope.record, f"blocks.{b}", "activation", statistic) for b in range(4)]
+        # 0 goes on to 1 and to 2; 1 to 2, which both have; 2 to 4 and to 3; 3 to 4, which both have.
+        assert found == [why] * 4, statistic
+    for statistic in ("dot_next", "diff_next_l2"):
+        assert status(scope.record, "blocks.1", "output_grad", statistic) == why
+    assert status(scope.record, "blocks.1", "output_grad", "l2") == "ok"
+    rows = scope.record.table(type="Stream", signal="activation", statistic="dot_next")
+    assert rows["status"].tolist() == ["ok"]
+
+
 # -- outputs -------------------------------------------------------------------------------------
 
 

@@ -408,6 +408,57 @@ def test_lbfgs_records_the_first_evaluation() -> None:
         assert status(scope.record, "head.weight", "update", step=i) == "not sampled"
 
 
+@pytest.mark.parametrize("before_the_closure", [0, 2])
+@pytest.mark.parametrize("zeroed", ["before the forward", "after it"])
+def test_micro_batches_in_a_closure_are_all_of_the_step(before_the_closure: int, zeroed: str) -> None:
+    """Lightning's loop puts the last micro-batch into the optimizer's closure, others all of them."""
+    model = stack()
+    optimizer = sgd(model)
+    expected = []
+
+    def evaluate(i: int, js: range) -> Tensor:
+        losses = []
+        for j in js:
+            if j == 0 and zeroed == "before the forward":
+                optimizer.zero_grad()
+            losses.append(square_loss(model, batch(10 * i + j)))
+            if j == 0 and zeroed == "after it":
+                optimizer.zero_grad()
+            losses[-1].backward()
+        return torch.stack(losses).sum()
+
+    with gradscope.watch(model, layers="**") as scope:
+        for i in range(3):
+            expected.append(truth(model, *(batch(10 * i + j) for j in range(3))))
+            for j in range(before_the_closure):
+                evaluate(i, range(j, j + 1))
+            optimizer.step(lambda i=i: evaluate(i, range(before_the_closure, 3)).item())
+    assert [s.step for s in scope.record.steps] == [0, 1, 2]
+    assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [52] * 3
+
+
+def test_lbfgs_over_micro_batches_records_all_of_the_first_evaluation() -> None:
+    model = stack()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    expected = []
+    with gradscope.watch(model, layers="**") as scope:
+        for i in range(3):
+            micro = [batch(10 * i), batch(10 * i + 1)]
+            expected.append(truth(model, *micro))
+
+            def closure(micro: list[Tensor] = micro) -> Tensor:
+                optimizer.zero_grad()
+                losses = []
+                for x in micro:
+                    losses.append(square_loss(model, x))
+                    losses[-1].backward()
+                return torch.stack(losses).sum()
+
+            optimizer.step(closure)
+    assert len(scope.record.steps) == 3
+    assert [assert_true(scope.record, t, step=i) for i, t in enumerate(expected)] == [52] * 3
+
+
 def test_a_step_of_the_optimizer_that_raises_spoils_only_itself() -> None:
     model = stack()
     optimizer = sgd(model)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gradscope.collect import shards
-from gradscope.collect.merging import COLUMNS, Samples, merged
+from gradscope.collect.merging import COLUMNS, TO_NEXT, Samples, merged, other_successors
 from gradscope.collect.parameter_rows import ParameterRows, place_of
 from gradscope.collect.parameters import Parameters, Readings
 from gradscope.collect.passes import LAST, Call, Pass
+from gradscope.collect.places import places_of
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
@@ -34,6 +35,7 @@ _STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in CO
 _AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in COLUMNS])
 _DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
 _FLOATS: Final = {float}
+_SUCCESSORS: Final = "not supported: not the same two positions in every micro-batch"
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
 
 
@@ -117,6 +119,8 @@ class Assembler:
             self.reached = settle(p, self.layers) or self.reached
         keys, calls = self._keys(passes)
         value, why = self._samples(keys, calls, passes)
+        apart = np.ix_(_other_successors(keys, passes), TO_NEXT)
+        why[apart] = np.where(why[apart] == "", _SUCCESSORS, why[apart])
         parameter_value, parameter_why = self._parameter_rows.values(readings)
         if skipped:
             # An overflow: the optimizer took no step, and the gradients are no one's gradients.
@@ -125,7 +129,7 @@ class Assembler:
         losses = [float(p.loss) for p in passes if p.loss is not None]
         return Samples(
             keys=keys,
-            places=self._places(passes),
+            places=places_of(passes, self.layers, self.trunks, self.verified),
             value=value,
             why=why,
             parameter_value=parameter_value,
@@ -140,9 +144,8 @@ class Assembler:
         """The same with what these ranks must know to put theirs beside it."""
         held = [shards.copies(entry.tensor(), ranks) for entry in self.parameters.entries]
         following: dict[tuple[int, int], tuple[int, int]] = {}
-        for state in (s for p in passes for s in p.trunks.values()):
-            for here, after in pairwise(state.calls):
-                following.setdefault((here.site, here.index), (after.site, after.index))
+        for p in passes:
+            following = {**_following(p), **following}
         copies = np.array([held[i] for i, _, _ in self._parameter_rows.rows], dtype=np.int64)
         return replace(samples, copies=copies, following=following, identity=self.identity)
 
@@ -176,70 +179,6 @@ class Assembler:
             for call in p.calls:
                 found[call.site, call.index][n] = call
         return list(found), list(found.values())
-
-    def _places(self, passes: Sequence[Pass]) -> dict[tuple[int, int], tuple[str, float]]:
-        """Trunk and depth of every (site, call) on the axis, from the first pass that has it."""
-        places: dict[tuple[int, int], tuple[str, float]] = {}
-        branches: dict[tuple[str, int], list[int]] = {}
-        shown = self._shown()
-        for site, layer in enumerate(self.layers):
-            if layer.branch is not None and layer.block is not None and shown[site]:
-                branches.setdefault((layer.trunk, layer.block), []).append(site)
-        # Sites are in the order of definition, which need not be that of the forward pass.
-        came: dict[int, int] = {}
-        for call in (c for p in passes for c in p.calls):
-            came.setdefault(call.site, len(came))
-        for siblings in branches.values():
-            siblings.sort(key=lambda site: came.get(site, len(came)))
-        block_site = {
-            (x.trunk, x.block): s for s, x in enumerate(self.layers) if x.block is not None and x.is_block
-        }
-        for p in passes:
-            for trunk, state in p.trunks.items():
-                blocks = [c for c in state.calls if c.site >= 0]
-                once = len({c.site for c in blocks}) == len(blocks)
-                for order, call in enumerate(blocks):
-                    block = self.layers[call.site].block
-                    # Blocks that a pass leaves out (LayerDrop) keep their depth; a block that is
-                    # called again has one depth per call, in forward order.
-                    depth = (block if once and block is not None else order) + 1.0
-                    places.setdefault((call.site, call.index), (trunk, depth))
-                # 0, unless the user chose later blocks only.
-                start = min(x.block or 0 for x in self.layers if x.is_block and x.trunk == trunk)
-                places.setdefault((-1 - self.trunks.index(trunk), 0), (trunk, float(start)))
-            for call in p.calls:
-                layer = self.layers[call.site] if call.site >= 0 else None
-                if layer is None or layer.branch is None or layer.block is None:
-                    continue
-                siblings = branches.get((layer.trunk, layer.block), [])
-                parent = block_site.get((layer.trunk, layer.block))
-                if call.site in siblings:
-                    above = None if parent is None else places.get((parent, call.block_call))
-                    start = layer.block if parent is None else None if above is None else above[1] - 1
-                    if start is not None:
-                        share = (siblings.index(call.site) + 1) / len(siblings)
-                        places.setdefault((call.site, call.index), (layer.trunk, start + share))
-        for site, layer in enumerate(self.layers):
-            # A block that was not called in this step still has its place.
-            if layer.is_block and (site, 0) not in places and layer.block is not None:
-                places[site, 0] = (layer.trunk, layer.block + 1.0)
-        for (trunk, block), siblings in branches.items():
-            for n, site in enumerate(siblings, start=1):
-                places.setdefault((site, 0), (trunk, block + n / len(siblings)))
-        return places
-
-    def _shown(self) -> list[bool]:
-        """For each site, whether it is a branch: what the graph showed.
-
-        Where that could not be seen, what it showed in all other blocks: a trunk whose input is a
-        constant (frozen embeddings) hides the stream in its first block.
-        """
-        blocks = {(x.trunk, x.block): x.name for x in self.layers if x.is_block}
-        places = [(x.trunk, x.name.removeprefix(blocks.get((x.trunk, x.block), ""))) for x in self.layers]
-        elsewhere: dict[tuple[str, str], bool] = {}
-        for site, verified in self.verified.items():
-            elsewhere[places[site]] = elsewhere.get(places[site], True) and verified
-        return [self.verified.get(site, elsewhere.get(place, False)) for site, place in enumerate(places)]
 
     def _samples(
         self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]
@@ -338,6 +277,24 @@ class Assembler:
             name = self.parameters.entries[i].name
             entries.append((*at[i], name, "Parameter", 0, signal, statistic))
         return Rows.of(entries), np.asarray(take, dtype=np.int64)
+
+
+def _following(p: Pass) -> dict[tuple[int, int], tuple[int, int]]:
+    """The next stream position of each that has one, in one pass."""
+    return {
+        (here.site, here.index): (after.site, after.index)
+        for state in p.trunks.values()
+        for here, after in pairwise(state.calls)
+    }
+
+
+def _other_successors(keys: Sequence[tuple[int, int]], passes: Sequence[Pass]) -> np.ndarray:
+    """[keys]: the positions that some micro-batch has without the next one of another (LayerDrop)."""
+    if len(passes) < 2:
+        return np.zeros(len(keys), dtype=bool)
+    following = [_following(p) for p in passes]
+    called = [{(call.site, call.index) for call in p.calls} for p in passes]
+    return np.array([other_successors(key, following, called) for key in keys], dtype=bool)
 
 
 def _unscaled(gradient: Values, scale: Tensor | float | None) -> list[float]:

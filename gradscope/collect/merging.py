@@ -7,20 +7,21 @@ the mean of the ranks' losses, so that its gradient at a sample is this rank's d
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
 from gradscope.collect.passes import PAIR
+from gradscope.collect.places import agreed
 from gradscope.collect.ranks import LOCAL
 from gradscope.collect.shards import UNKNOWN
 from gradscope.record import STATISTICS
 from gradscope.record.steps import coded
 from gradscope.statistics import ACTIVATION, GRADIENT, SLOW_PAIR, pool
 
-__all__ = ["COLUMNS", "Samples", "merged", "packed", "unpacked"]
+__all__ = ["COLUMNS", "TO_NEXT", "Samples", "merged", "other_successors", "packed", "unpacked"]
 
 _A: Final = len(ACTIVATION)
 COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
@@ -29,7 +30,8 @@ COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
 _POWER: Final = np.array([{"signal": 1, "signal^2": 2}.get(STATISTICS[n].unit, 0) for n in GRADIENT])
 _COUNT: Final = (ACTIVATION.index("count"), _A + GRADIENT.index("count"))
 _BETWEEN_SAMPLES: Final = np.array([n == "sample_dot" for _, n in COLUMNS])
-_TO_NEXT: Final = np.array([n in (*PAIR, *SLOW_PAIR, "unit_skip") for _, n in COLUMNS])
+#: The statistics of a stream position and the next one.
+TO_NEXT: Final = np.array([n in (*PAIR, *SLOW_PAIR, "unit_skip") for _, n in COLUMNS])
 #: Statuses that say that one rank's share is too small, or of one of its tokens.
 _ONE: Final = "one element"
 _ZERO: Final = "zero token"
@@ -143,13 +145,13 @@ def merged(ranks: Sequence[Samples], norms: np.ndarray, sums: np.ndarray) -> Sam
     reason = _reasons(why, called, pooled)
     present = reason == ""
     reason[present & _BETWEEN_SAMPLES & ~np.isnan(pooled)] = LOCAL
-    reason[np.ix_(_other_successors(ranks, keys), _TO_NEXT)] = LOCAL
+    reason[np.ix_(_other_successors(ranks, keys), TO_NEXT)] = LOCAL
     parameter_value, parameter_why = _parameters(ranks, norms, sums)
     losses = [r.loss for r in ranks if r.loss is not None]
     places: dict[Key, tuple[str, float]] = {}
     for r in ranks:
         ours = {k for k, called in zip(r.keys, r.called, strict=True) if called}
-        places.update({k: v for k, v in r.places.items() if k in ours and k not in places})
+        places.update(agreed(places, {k: v for k, v in r.places.items() if k in ours}))
     for r in ranks:
         places.update({k: v for k, v in r.places.items() if k not in places})
     following: dict[Key, Key] = {}
@@ -215,15 +217,30 @@ def _of_several(words: list[str]) -> str:
     return _ZERO if left == {"", _ZERO} else LOCAL
 
 
+def other_successors(
+    key: Key, following: Sequence[Mapping[Key, Key]], called: Sequence[Collection[Key]]
+) -> bool:
+    """Whether a stream position and its next one are not the same two in all parts of a batch.
+
+    Args:
+        key: the position.
+        following: the next position of each, in each part.
+        called: what each part called.
+    """
+    after = {f.get(key) for f, c in zip(following, called, strict=True) if key in c}
+    if len(after) != 1:
+        return len(after) > 1
+    (next_key,) = after
+    return next_key is not None and any(next_key in c and key not in c for c in called)
+
+
 def _other_successors(ranks: Sequence[Samples], keys: list[Key]) -> np.ndarray:
-    """[keys]: whether ranks that called it went on to different stream positions (LayerDrop)."""
-    found: list[bool] = []
-    calls = [{k for k, called in zip(r.keys, r.called, strict=True) if called} for r in ranks]
-    same = all(r.following == ranks[0].following for r in ranks)
-    for key in keys:
-        after = {r.following.get(key) for r, ours in zip(ranks, calls, strict=True) if key in ours}
-        found.append(not same and len(after) > 1)
-    return np.array(found, dtype=bool)
+    """[keys]: whether not all ranks have the same two positions of a pair (LayerDrop)."""
+    called = [{k for k, called in zip(r.keys, r.called, strict=True) if called} for r in ranks]
+    following = [r.following for r in ranks]
+    if all(c == called[0] for c in called) and all(f == following[0] for f in following):
+        return np.zeros(len(keys), dtype=bool)
+    return np.array([other_successors(key, following, called) for key in keys], dtype=bool)
 
 
 def _parameters(

@@ -18,6 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from gradscope.collect import engine
 from gradscope.collect.parameters import Parameters, Readings
+from gradscope.collect.shards import local
+from gradscope.collect.tensors import version_of
 from gradscope.statistics import Value
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class Optimizers:
         self._before: dict[int, Tensor] = {}
         self._now: set[int] = set()
         self._ever: set[int] = set()
+        self._writes: list[float] = []
         self.seen = False
         self.in_closure = False
         self.readings: Readings | None = None
@@ -152,8 +155,11 @@ class Optimizers:
         self.seen = True
         self.in_closure = closure
         self._stepping.append(id(optimizer))
-        if closure or not recording:
-            return  # what a closure computes is read at the end of its first backward pass
+        if closure:
+            self._writes = self._count_writes()
+            return  # what a closure computes is read at the end of its first evaluation
+        if not recording:
+            return
         inside = engine.backward_id() != -1
         if not (inside or slow):
             return
@@ -173,6 +179,14 @@ class Optimizers:
         if self._update:
             # Of nested optimizers (a wrapper that steps its base) the outer one's change counts.
             self._before.update(self._parameters.snapshot([i for i in held if i not in self._before]))
+
+    @property
+    def moved(self) -> bool:
+        """Whether parameters were written to since an optimizer began to evaluate its closure."""
+        return self._count_writes() != self._writes
+
+    def _count_writes(self) -> list[float]:
+        return [0 if t is None else version_of(local(t)) for t in self._parameters.tensors()]
 
     def holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether an optimizer steps any watched parameter."""

@@ -280,9 +280,7 @@ class Recorder:
         if self._step.stepped:
             self._meet_ranks()
             self._end_step()
-        if self._optimizers.in_closure and self._step.with_gradient():
-            # A closure that is evaluated again moves the parameters within one step: the first
-            # evaluation is the gradient at the parameters that the step starts from.
+        if self._evaluates_again():
             self._step.newest = None
             self.listening = False
             return
@@ -303,6 +301,17 @@ class Recorder:
         if changed and self._step.newest is not None:
             # Its hooks were put on other modules, and cannot be moved before the step is over.
             self._step.newest.error = _CHANGED
+
+    def _evaluates_again(self) -> bool:
+        """Whether an optimizer evaluates its closure once more within one step.
+
+        The first evaluation is the gradient at the parameters that the step starts from. What comes
+        before the parameters move or the gradients are cleared is a micro-batch of it, and so is what
+        came before the optimizer was called (Lightning puts the last micro-batch into the closure).
+        """
+        if not (self._optimizers.in_closure and self._step.with_gradient()):
+            return False
+        return self._optimizers.moved or self._accumulation.cleared()
 
     def _begin_step(self) -> None:
         recording = self.schedule.records(self.index)
@@ -355,7 +364,7 @@ class Recorder:
     def _enclosing_pass(self, site: int) -> Pass | None:
         """The recorded pass that a layer called now belongs to; a new one outside of a forward."""
         p = self._step.newest
-        if p is None or (not p.root_open and (p.begun or p.gone(site))):
+        if p is None or (not p.root_open and (p.begun or self._step.stepped or p.gone(site))):
             self._begin_pass()
         return self._step.newest if self._step.recording else None
 
