@@ -317,3 +317,14 @@ def test_the_plots_show_the_arrays() -> None:
     energy = np.square(depth.spectrum.norm)
     np.testing.assert_allclose(ax.lines[0].get_ydata(), energy / energy.sum())
     np.testing.assert_allclose(ax.lines[1].get_ydata(), np.array([1, 6, 15, 20, 15, 6, 1]) / 64)
+
+
+def test_every_pass_has_a_batch_of_its_own() -> None:
+    def takes(model: Any, batch: Any) -> Tensor:
+        return loss(model, batch.pop("x").mul_(0.5))
+
+    batch = {"x": X.clone()}
+    found = gradscope.counterfactual(Net("pre"), batch, takes)
+    plain = gradscope.counterfactual(Net("pre"), X / 2, loss)
+    assert found.cuts == plain.cuts
+    assert torch.equal(batch["x"], X)

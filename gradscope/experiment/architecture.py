@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import mapped
+from gradscope.experiment.batches import own_batch
 from gradscope.experiment.skip_proof import prove
 from gradscope.experiment.stream_reader import StreamForward
 from gradscope.experiment.sublayers import Sublayer, locate
@@ -154,7 +154,7 @@ feed_forward.branch, skip × 1 proved
     proved: without the branches, a random gradient came back as the skip says
     """
     model = unwrapped(model)
-    own = mapped(batch, lambda tensor, path: tensor.detach().clone())
+    own = own_batch(batch)
     with undisturbed(model):
         # Neither dropout nor checkpointing belongs to what is looked for, and both are off in eval mode.
         twin = shared_copy(model).eval()

@@ -21,6 +21,7 @@ __all__ = [
     "loss_or_own",
     "mapped",
     "model_loss",
+    "own_batch",
     "own_random_state",
     "part_of",
     "replaced",
@@ -51,6 +52,13 @@ def mapped(value: Any, function: Callable[[Tensor, str], Any], path: str = "") -
             object.__setattr__(result, field.name, item)
         return result
     return value
+
+
+def own_batch(batch: Any) -> Any:
+    """The batch on tensors of its own, which a loss may write to; with its need of gradients."""
+    return mapped(
+        batch, lambda tensor, path: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    )
 
 
 def first_float(value: Any) -> Tensor | None:

@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradscope.errors import MeasureError
 from gradscope.experiment.additions import Addition, Additions
-from gradscope.experiment.batches import loss_or_own
+from gradscope.experiment.batches import loss_or_own, own_batch
 from gradscope.experiment.forward_mode import AdditionNumbers
 from gradscope.experiment.graph_nodes import Operand
 from gradscope.experiment.products import cosine, l2
@@ -163,7 +163,7 @@ def counterfactual(
         twin = shared_copy(model)
         numbers = _Numbers()
         with numbers:
-            run = TrunkPass(twin, loss, batch, trunk=trunk)
+            run = TrunkPass(twin, loss, own_batch(batch), trunk=trunk)
         run.prove(may_name=False)
         kept: dict[int, Tensor] = {}
         norms = _profile(run, kept)
@@ -309,7 +309,7 @@ def _forward(
 
     additions = Additions(before=without, after=seen)
     with additions:
-        run = StreamForward(again.model, again.loss, again.batch, trunk=again.trunk)
+        run = StreamForward(again.model, again.loss, own_batch(again.batch), trunk=again.trunk)
     if trouble:
         return {"status": trouble[0]}
     if hit != [True] or additions.count != again.additions:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradscope.collect.recorder import Recorder
 from gradscope.collect.schedule import Schedule
-from gradscope.experiment.batches import mapped
+from gradscope.experiment.batches import mapped, own_batch
 from gradscope.experiment.doctor.report import Check
 from gradscope.layers import Selection, named_layers
 
@@ -48,7 +48,7 @@ class Setup:
 
     def own_batch(self) -> Any:
         """The batch on tensors of its own."""
-        return mapped(self.batch, lambda t, path: t.detach().clone().requires_grad_(t.requires_grad))
+        return own_batch(self.batch)
 
     def watch(self, model: nn.Module, **options: Any) -> Recorder:
         """Watch a copy as ``gradscope.watch`` does."""
