@@ -82,7 +82,8 @@ def watch(
         path: a file that every finished step is appended to; a file that exists is continued.
         max_bytes: memory for the steps; above it older ones are thinned by two, keeping the first,
             the last and those with a finding. With ``path`` the file keeps all.
-        warn: warn as soon as a step has ended in which a value turned non-finite or a layer died.
+        warn: warn as soon as a step has ended in which a value turned non-finite, or with which a layer
+            has had a gradient of exactly zero for 20 recorded steps.
         update: measure update norms, which takes a copy of the parameters during the optimizer's
             step on each step with slow statistics.
         scaler: the ``torch.amp.GradScaler`` in use, where several are; one alone is found by itself.

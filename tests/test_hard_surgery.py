@@ -241,13 +241,14 @@ def test_parametrized_weights(how: str) -> None:
     assert len(set(compared)) == 1 and compared[0] >= 20
 
 
-def test_tied_weights_are_one_parameter_with_the_summed_gradient() -> None:
-    class Tied(Stack):
-        def __init__(self) -> None:
-            super().__init__(Block(3), Block(3), width=3)
-            self.embed, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.head.weight = self.embed.weight
+class Tied(Stack):
+    def __init__(self) -> None:
+        super().__init__(Block(3), Block(3), width=3)
+        self.embed, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.head.weight = self.embed.weight
 
+
+def test_tied_weights_are_one_parameter_with_the_summed_gradient() -> None:
     torch.manual_seed(0)
     model = Tied().double()
     expected = truth(model, batch())
@@ -255,6 +256,24 @@ def test_tied_weights_are_one_parameter_with_the_summed_gradient() -> None:
     record, compared = trained(model, lambda: None)
     assert compared == [compared[0]] * 4 and compared[0] == 2 * 13 + 11
     assert "head.weight" not in record.table()["layer"].tolist()
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_weights_that_are_tied_or_untied_during_the_watch(tied_first: bool) -> None:
+    torch.manual_seed(0)
+    model = Tied().double()
+    own = nn.Parameter(model.embed.weight.detach().clone())
+    if not tied_first:
+        model.head.weight = own
+
+    def change() -> None:
+        model.head.weight = own if tied_first else model.embed.weight
+
+    record, compared = trained(model, change)
+    names = [set(record.table(step=i, signal="param_grad")["layer"].tolist()) for i in range(4)]
+    assert ["head.weight" in found for found in names] == [not tied_first] * 2 + [tied_first] * 2
+    tied, apart = 2 * 13 + 11, 2 * 13 + 12
+    assert compared == ([tied, tied, apart, apart] if tied_first else [apart, apart, tied, tied])
 
 
 def test_users_hooks_that_change_outputs_and_gradients() -> None:

@@ -161,14 +161,35 @@ def test_a_layer_that_dies_is_named_once() -> None:
     optimizer = sgd(model)
     with pytest.warns(gradscope.GradscopeWarning, match=r"dead layer.*blocks\.1\.mlp") as caught:
         with gradscope.watch(model, layers="blocks.*.mlp") as scope:
-            for i in range(8):
+            for i in range(30):
                 gate.open = 1.0 if i < 4 else 0.0
                 square_loss(model, batch(i)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 assert scope.record.steps  # reading changes nothing
     assert len(caught) == 1
-    assert [i for i, s in enumerate(scope.record.steps) if s.finding] == [4]
+    assert [i for i, s in enumerate(scope.record.steps) if s.finding] == [23]
+
+
+def test_a_branch_that_is_left_out_by_chance_is_not_dead() -> None:
+    """Stochastic depth multiplies a branch by zero, for a whole batch where that is small."""
+
+    class StochasticDepth(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (torch.rand(()) < 0.5) * self.mlp(x)
+
+    model = stack(StochasticDepth(), StochasticDepth())
+    optimizer = sgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with gradscope.watch(model, layers="blocks.*.mlp") as scope:
+            for i in range(30):
+                square_loss(model, batch(i)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    zeros = scope.record.table(signal="output_grad", statistic="l2", layer="blocks.1.mlp")["value"] == 0
+    assert 5 < zeros.sum() < 25
+    assert not any(s.finding for s in scope.record.steps)
 
 
 def test_warnings_as_errors_do_not_stop_the_training() -> None:

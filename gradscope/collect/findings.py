@@ -15,15 +15,14 @@ __all__ = ["Findings"]
 
 Order = Callable[[str], Sequence[tuple[str, str, int]]]
 
-#: A layer whose gradient has been exactly zero since the start is zero by construction at first
-#: (behind a zero-initialised head, or LoRA's B); after so many recorded steps it is called dead.
+#: A layer whose gradient has been exactly zero in so many recorded steps in a row is called dead. Sooner
+#: it may be zero by construction (behind a zero-initialised head, or LoRA's B), or by chance: stochastic
+#: depth multiplies a branch by zero for the whole of a small batch.
 STEPS_BEFORE_DEAD: Final = 20
-# A layer's memory: it has had a gradient; otherwise the number of steps without one.
-_HAD_GRADIENT: Final = -1
 
 
 class Findings:
-    """Looks at each finished step; remembers which layers have had a gradient.
+    """Looks at each finished step; remembers for how long layers have had no gradient.
 
     Args:
         layers: the watched layers.
@@ -75,21 +74,17 @@ class Findings:
                 alive[key] = alive.get(key, False) or bool(step.value[row] != 0)
         dead: list[str] = []
         for key, has_gradient in alive.items():
-            before = self._history.get(key, 0)
-            if has_gradient:
-                self._history[key] = _HAD_GRADIENT
-            elif before == _HAD_GRADIENT:
-                self._history[key] = STEPS_BEFORE_DEAD
+            zeros = self._history[key] = 0 if has_gradient else self._history.get(key, 0) + 1
+            if zeros == STEPS_BEFORE_DEAD:
                 dead.append(key[0])
-            else:
-                self._history[key] = before + 1
-                if before + 1 == STEPS_BEFORE_DEAD:
-                    dead.append(key[0])
         if not dead:
             return None
         dead = list(dict.fromkeys(dead))
         names = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-        return f"dead layer: the gradient at the output of {names} is exactly zero"
+        return (
+            f"dead layer: the gradient at the output of {names} is exactly zero, for "
+            f"{STEPS_BEFORE_DEAD} recorded steps now"
+        )
 
     def _rows(self, rows: Rows, statistic: str) -> dict[str, list[int]]:
         """Row numbers of one statistic by signal, remembered for the row table."""

@@ -67,6 +67,7 @@ class Optimizers:
         self._update = update
         self._index_of = parameters.index()
         self._indexed = True
+        self._fresh = False
         self._stepping: list[int] = []
         self._overflows: list[Tensor | bool] = []
         self._early: dict[int, dict[str, Value]] = {}
@@ -83,9 +84,15 @@ class Optimizers:
 
     def begin_step(self, *, recording: bool) -> None:
         """A step begins: parameters may have been replaced since the last one."""
-        self._indexed = False
-        if recording:
+        self._indexed, self._fresh = self._fresh, False
+        if recording and not self._indexed:
             self._look_again()
+
+    def retied(self) -> bool:
+        """Before a recorded step: whether parameters share tensors that did not, or no longer do."""
+        self._look_again()
+        self._fresh = True
+        return self._parameters.retied(self._index_of)
 
     def _look_again(self) -> None:
         self._index_of = self._parameters.index()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -72,12 +73,16 @@ class Parameters:
         self.entries: list[ParameterEntry] = []
         self._sharded = False
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
-        seen: set[int] = set()
+        self._tied: list[tuple[weakref.ref[nn.Module], str, int]] = []
+        seen: dict[int, int] = {}
         for owner, module in named_layers(model).items():
             for attribute, parameter in module._parameters.items():
-                if parameter is None or id(parameter) in seen:
+                if parameter is None:
                     continue
-                seen.add(id(parameter))
+                first = seen.setdefault(id(parameter), len(self.entries))
+                if first < len(self.entries):
+                    self._tied.append((weakref.ref(module), attribute, first))
+                    continue
                 self.entries.append(
                     ParameterEntry(
                         name=f"{owner}.{attribute}" if owner else attribute,
@@ -103,6 +108,27 @@ class Parameters:
         modules = ((reference(), attribute) for reference, attribute in self._places)
         return [None if m is None else _parameter(m, attribute) for m, attribute in modules]
 
+    def retied(self, index: Mapping[int, int]) -> bool:
+        """Whether two parameters have become one since, or one has become two.
+
+        Args:
+            index: what `index` gives now.
+        """
+        if self._sharded:
+            return False
+        if len(index) < len(self.entries) and self._shares():
+            return True
+        for reference, attribute, first in self._tied:
+            module = reference()
+            other = None if module is None else _parameter(module, attribute)
+            if other is not None and index.get(id(other)) != first:
+                return True
+        return False
+
+    def _shares(self) -> bool:
+        present = [id(tensor) for tensor in self.tensors() if tensor is not None]
+        return len(set(present)) < len(present)
+
     def find_shards(self, model: nn.Module) -> None:
         """Look again which parameters FSDP2 manages."""
         shards = fsdp_shards(model)
@@ -115,7 +141,8 @@ class Parameters:
 
     def index(self) -> dict[int, int]:
         """The numbers of the entries by the identity of their tensors as they are now."""
-        return {id(tensor): i for i, tensor in enumerate(self.tensors())}
+        tensors = self.tensors()
+        return dict(zip(map(id, tensors), range(len(tensors)), strict=True))
 
     def read_gradients(self, scale: float | Tensor | None) -> Readings:
         """The norms of all ``.grad`` as they are now, or why there is none; of shards, this rank's."""

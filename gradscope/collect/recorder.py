@@ -64,7 +64,7 @@ class Recorder:
         mask: see `Mask`.
         path: a file that every finished step is appended to.
         max_bytes: the memory that steps may take before older ones are thinned.
-        warn: whether to warn when a step turns non-finite or a layer dies.
+        warn: whether to warn when a step turns non-finite or a layer is dead.
         update: whether to measure update norms on slow steps (a copy of the parameters then).
         input_gradient: make a float trunk input require grad (for models that nobody else uses).
         alone: other processes have no part in a model that is in no wrapper (for models that nobody
@@ -288,7 +288,9 @@ class Recorder:
         # Outside of any backward pass nothing runs; what is still noted was cut off by an exception.
         self._running.clear()
         self._scaled.forget_the_cut_off()
-        changed = self.schedule.records(self.index) and self._structure.changed()
+        changed = self.schedule.records(self.index) and (
+            self._structure.changed() or (self._step.began_s is None and self._optimizers.retied())
+        )
         if changed and root and self._step.began_s is None:
             self._look_again()
             changed = False
