@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
-from gradscope.experiment.batches import own_batch
+from gradscope.experiment.batches import loss_or_own, own_batch
 from gradscope.experiment.skip_proof import prove
 from gradscope.experiment.stream_reader import StreamForward
 from gradscope.experiment.sublayers import Sublayer, locate
@@ -154,11 +154,12 @@ feed_forward.branch, skip × 1 proved
     proved: without the branches, a random gradient came back as the skip says
     """
     model = unwrapped(model)
-    own = own_batch(batch)
+    own_loss = _output_sum if loss is None else loss_or_own(loss, batch)
     with undisturbed(model):
+        own = own_batch(batch)
         # Neither dropout nor checkpointing belongs to what is looked for, and both are off in eval mode.
         twin = shared_copy(model).eval()
-        forward = StreamForward(twin, loss or _output_sum, own, trunk=trunk)
+        forward = StreamForward(twin, own_loss, own, trunk=trunk)
         located = locate(forward, twin)
         if not forward.value.requires_grad or any(p.edge is None for p in forward.positions):
             raise MeasureError(

@@ -163,6 +163,8 @@ def _weights(module: nn.Module, output: Any) -> tuple[Tensor | None, str]:
                 return item[:, None], ""  # averaged over heads: one head
             if item.dim() < 4:
                 return (item[None] if item.dim() == 3 else item[None, None]), ""
+        if not item.numel():
+            return None, f"returned empty weights, {tuple(item.shape)}: give a batch that is not empty"
         why = (
             f"returned a tensor {tuple(item.shape)} that is not weights [batch, heads, queries, keys] "
             "with a sum of 1 over the keys: it has another layout, or an attention sink"

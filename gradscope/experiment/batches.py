@@ -118,7 +118,13 @@ def loss_or_own(loss: Callable[[Any, Any], Tensor] | None, batch: Any) -> Callab
 
     Raises:
         MeasureError: no loss was given, and the batch is no mapping.
+        TypeError: the loss is no function.
     """
+    if loss is not None and not callable(loss):
+        raise TypeError(
+            f"loss={loss!r} is no function. Write loss=lambda model, batch: ..., returning a scalar "
+            "tensor."
+        )
     if loss is None and not isinstance(batch, Mapping):
         raise MeasureError(
             f"Without loss=, model(**batch).loss is called, and the batch is no mapping but a "

@@ -164,9 +164,11 @@ def effective_depth(
             with its unit, formula and citation: ``gradient_energy``, ``participation``, ``depth_score``,
             ``propagation``, ``veit``; and, from activations alone, ``lens_kl``, ``lens_overlap``,
             ``residual_cosine``, ``block_influence`` and ``angular``. Their values lie on no common scale.
-            ``branches``, ``spectrum`` and ``max_bytes`` belong to ``gradient`` alone.
+            ``branches``, ``spectrum`` and ``max_bytes`` belong to ``gradient`` alone, and ``modules`` to
+            depths by gradients.
         trunk: which trunk, by name, where there are several, such as ``encoder.block`` and
-            ``decoder.block``. None: the one at which one arrives first from the loss; the result says it.
+            ``decoder.block``. None: the one at which one arrives first from the loss, or, for depths from
+            activations, the one that runs last; the result says it.
         modules: names, or globs, of the modules whose outputs are added to the stream, such as
             ``["blocks.*.attention", "blocks.*.mlp"]``, where they cannot be found; in a stack without
             skips, the layers. **You vouch for them**: a module whose output is something else (one that
@@ -193,6 +195,7 @@ def effective_depth(
             nor float64; or a check failed.
         LayerError: a pattern matches no module.
         ValueError: ``max_bytes`` below 1, or a method that there is not.
+        TypeError: the model is no module, or the loss no function.
 
     >>> from gradscope import reference
     >>> model = reference.Transformer("no_skip", depth=3).double()

@@ -8,6 +8,7 @@ replaced by copies, so that each has a node of its own.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -102,7 +103,8 @@ class StreamForward:
         value: the loss.
 
     Raises:
-        MeasureError: no trunk, several of which none was chosen, or a loss that is no scalar.
+        MeasureError: no trunk, several of which none was chosen, an empty stream, or a loss that is no
+            scalar.
     """
 
     def __init__(
@@ -165,6 +167,11 @@ class StreamForward:
                 f"The {self.position_name(0)} requires no gradient, and the skip around that block is "
                 "outside of it, where no gradient can be read. Let it require one: "
                 "loss=lambda model, batch: model(batch.requires_grad_()).square().mean()"
+            )
+        if not math.prod(self.positions[0].shape):
+            raise MeasureError(
+                f"The {self.position_name(0)} is empty, of shape {tuple(self.positions[0].shape)}: give "
+                "a batch that is not."
             )
         last = len(self.positions) - 1
         self.end = (chosen.last_input, last - 1) if chosen.between else (chosen.last_output, last)

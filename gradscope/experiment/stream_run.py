@@ -127,10 +127,16 @@ def run_stream(request: DepthRequest) -> StreamRun:
     """Run a copy of the model without gradients.
 
     Raises:
-        MeasureError: no trunk, or the one that was named did not run; the samples influence each other,
-            or are treated at random; or what happens to the stream between two blocks is not known.
+        MeasureError: branches are named; no trunk, or the one that was named did not run; the samples
+            influence each other, or are treated at random; or what happens to the stream between two
+            blocks is not known.
     """
     model = unwrapped(request.model)
+    if request.modules is not None:
+        raise MeasureError(
+            "What is read from activations takes the stream between blocks, and none of modules=: leave "
+            "it out."
+        )
     refuse_coupled_samples(model)
     twin = shared_copy(model)
     trunks = find_trunks(twin)

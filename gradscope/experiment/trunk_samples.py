@@ -327,8 +327,9 @@ class TrunkSamples:
             raise MeasureError(
                 f"The same samples have different values at the trunk's end alone and in their batch "
                 f"(relative difference {off:.1e}, allowed {tolerance:.0e}): the samples of a batch "
-                "influence each other, or something random is active. Write model.eval(), and use a "
-                "model without batch statistics, expert capacity limits and random layers."
+                "influence each other, or something random is active, or they do not lie along "
+                f"batch_dim={self._dim}. Write model.eval(), and use a model without batch statistics, "
+                "expert capacity limits and random layers."
             )
         known = self.checks.values_difference
         worst = off if math.isnan(known) else max(known, off)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,7 +18,18 @@ __all__ = ["refuse_coupled_samples", "shared_copy", "undisturbed", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model behind torch.compile and data parallelism: neither belongs to what is measured."""
+    """The model behind torch.compile and data parallelism: neither belongs to what is measured.
+
+    Raises:
+        TypeError: it is no model.
+    """
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        kind = "the class" if isinstance(given, type) else "an object of type"
+        name = (given if isinstance(given, type) else type(given)).__name__
+        raise TypeError(
+            f"The model is an nn.Module instance; got {kind} {name}. A maker is called first."
+        )
     child = {
         "OptimizedModule": "_orig_mod",
         "DistributedDataParallel": "module",

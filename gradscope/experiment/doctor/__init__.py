@@ -77,8 +77,6 @@ def doctor(
     Raises:
         MeasureError: the model cannot be copied, or the loss is no scalar that requires grad.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"doctor() takes an nn.Module instance; got a {type(model).__name__}.")
     original = unwrapped(model)
     name = type(original).__name__
     setup = Setup(
