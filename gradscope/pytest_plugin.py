@@ -28,8 +28,8 @@ FOLDER: Final = "gradient_baselines"
 _OPTION: Final = "--gradscope-update"
 _FILE: Final = "gradient_baseline_file"
 _SAID: Final = "gradient_baseline"
-#: Folder of a test module's baselines → keys of all its tests, selected or not.
-_KNOWN: Final = pytest.StashKey[dict[str, list[str]]]()
+#: Folder of a test module's baselines → id → key of all its tests, selected or not.
+_KNOWN: Final = pytest.StashKey[dict[str, dict[str, str]]]()
 _SENT: Final = "gradscope_known"
 _WIDTH: Final = "gradscope_width"
 
@@ -173,7 +173,8 @@ def _folder(test_file: Path) -> Path:
 
 def _key(item: Any) -> str:
     """The file name of a test: its class and name, parameters too."""
-    return _safe(".".join(item.nodeid.split("::")[1:]))
+    name, bracket, parameters = item.nodeid.partition("::")[2].partition("[")
+    return _safe(".".join(name.split("::")) + bracket + parameters)
 
 
 def _safe(text: str) -> str:
@@ -217,13 +218,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Remember which tests stand beside baselines, before any is deselected."""
-    known: dict[Path, list[str] | None] = {}
+    known: dict[Path, dict[str, str] | None] = {}
     for item in items:
         if item.path not in known:
-            known[item.path] = [] if (item.path.parent / FOLDER).is_dir() else None
+            known[item.path] = {} if (item.path.parent / FOLDER).is_dir() else None
         keys = known[item.path]
         if keys is not None:
-            keys.append(_key(item))
+            keys[item.nodeid] = _key(item)
     config.stash[_KNOWN] = {str(_folder(p)): keys for p, keys in known.items() if keys is not None}
 
 
@@ -273,19 +274,15 @@ def _properties(reports: Iterable[Any], name: str) -> list[str]:
     ]
 
 
-def _unused(known: dict[str, list[str]], reports: list[Any]) -> Iterator[Path]:
+def _unused(known: dict[str, dict[str, str]], reports: list[Any]) -> Iterator[Path]:
     """Files of no test, and of tests that passed without them.
 
     A test that failed, was skipped or was not run may use its file another time.
     """
     used = set(_properties(reports, _FILE))
-    passed = {
-        _safe(".".join(r.nodeid.split("::")[1:]))
-        for r in reports
-        if getattr(r, "when", "") == "call" and r.passed
-    }
+    passed = {r.nodeid for r in reports if getattr(r, "when", "") == "call" and r.passed}
     for folder, keys in sorted(known.items()):
-        waiting = set(keys) - passed
+        waiting = {key for test, key in keys.items() if test not in passed}
         for path in sorted(Path(folder).glob("*.json")):
             owned = any(path.stem == key or path.stem.startswith(f"{key}--") for key in waiting)
             if str(path) not in used and not owned:

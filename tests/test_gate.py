@@ -251,6 +251,62 @@ def test_an_exact_fact_that_is_no_longer_true_is_said_where_it_begins(baseline, 
     assert fact in {change.feature for change in outcome.changes}
 
 
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+@pytest.mark.parametrize("change", [lambda y: y * float("nan"), WrongBackward.apply], ids=["out", "back"])
+@pytest.mark.parametrize("order", ["same seeds", "other seeds"])
+def test_the_block_that_nan_begins_in_is_named(baseline, batch, order, change):
+    def broken() -> nn.Module:
+        model = make()
+        branch = model.blocks[BLOCK].feed_forward.branch  # type: ignore[union-attr]
+        branch.register_forward_hook(lambda module, args, output: change(output))
+        return model
+
+    maker = broken if order == "same seeds" else other_seeds(broken)
+    outcome = gate.check(baseline, maker, batch, next_token_loss)
+    assert outcome.failed and outcome.where == f"blocks.{BLOCK}", outcome
+    assert f"blocks.{BLOCK}" in {c.layer for c in outcome.changes if c.feature == "NaN or infinite"}
+
+
+def test_nan_that_begins_in_the_loss_or_in_front_is_no_blocks(baseline, batch):
+    nan = float("nan")
+    outcome = gate.check(baseline, make, batch, lambda m, b: nan * next_token_loss(m, b))
+    assert outcome.where == "blocks: gradient at the end", outcome
+
+    def broken() -> nn.Module:
+        model = make()
+        model.embed.register_forward_hook(lambda module, args, output: nan * output)  # type: ignore[union-attr]
+        return model
+
+    outcome = gate.check(baseline, broken, batch, next_token_loss)
+    assert outcome.where == "blocks: activation at the start", outcome
+
+
+@pytest.mark.parametrize(("block", "factor"), [(1, 1.03), (2, 1.05)])
+def test_a_small_change_of_the_forward_pass_is_named_where_it_begins(
+    baseline, batch, tmp_path, block, factor
+):
+    """Its block's gradients depart, and no checksum of three decimals does before the next block."""
+
+    def louder() -> nn.Module:
+        model = make()
+        query = model.blocks[block].attention.branch.function.query  # type: ignore[union-attr]
+        query.register_forward_hook(lambda module, args, output: factor * output)
+        return model
+
+    for kept in (baseline, gate.Baseline.load(baseline.save(tmp_path / "kept.json"))):
+        outcome = gate.check(kept, louder, batch, next_token_loss)
+        assert (outcome.tier, outcome.where) == ("same seeds", f"blocks.{block}"), outcome
+
+
 @pytest.mark.parametrize("order", ["same seeds", "other seeds"])
 def test_weights_in_front_of_the_blocks_are_named_and_not_what_follows(baseline, batch, order):
     def larger() -> nn.Module:
@@ -383,8 +439,24 @@ def test_a_given_model_that_changed_fails(of_batches, given, batches, part):
     assert outcome.failed and outcome.where == f"blocks.{BLOCK}", outcome
 
 
+def test_a_given_model_with_other_weights_is_judged_without_other_batches(of_batches, given, batches):
+    """A checkpoint that is read without one block: there is nothing to confirm it with, and no doubt."""
+    lost = copy.deepcopy(given)
+    torch.manual_seed(1)
+    value = lost.blocks[BLOCK].attention.branch.function.value  # type: ignore[union-attr]
+    nn.init.normal_(value.weight, std=1.5 * float(value.weight.detach().std()))
+    outcome = gate.check(of_batches, lost, batches[:20], next_token_loss)
+    assert outcome.failed and outcome.where == f"blocks.{BLOCK}", outcome
+    assert "The baseline's batches and other weights" in outcome.reason
+
+
+def test_the_same_batch_twice_is_no_replicate(given, batches):
+    with pytest.raises(GateError, match="some are the same"):
+        gate.take(given, [batches[0], *batches[:19]], next_token_loss)
+
+
 def test_a_maker_is_no_model(of_batches, baseline, given, batches, batch):
-    with pytest.raises(GateError, match="now a function"):
+    with pytest.raises(GateError, match="replicates are batches, and now a function"):
         gate.check(of_batches, make, batch, next_token_loss)
     with pytest.raises(GateError, match="now a model"):
         gate.check(baseline, given, batches, next_token_loss)
@@ -450,6 +522,52 @@ def test_batches_in_another_order_draw_the_same_dropout_masks():
     outcome = gate.check(baseline, model, batches[::-1], mean_square)
     assert (outcome.status, outcome.tier) == ("passed", "same seeds"), outcome
     assert "0.0e+00" in outcome.reason
+
+
+def test_a_forward_pass_that_draws_random_numbers_is_said(tmp_path):
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+
+    def dropping(rate: float) -> Callable[[], nn.Module]:
+        def maker() -> nn.Module:
+            model = Dropping()
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = rate
+            return model
+
+        return maker
+
+    without = gate.take(dropping(0.0), x, mean_square, replicates=5)
+    outcome = gate.check(without, dropping(0.3), x, mean_square)
+    assert outcome.failed and outcome.tier == "same seeds", outcome
+    assert "the forward pass (dropout): draws none → draws random numbers" in outcome.notes
+    outcome = gate.check(gate.take(Dropping, x, mean_square, replicates=5), dropping(0.5), x, mean_square)
+    assert outcome.failed and any("in another order" in note for note in outcome.notes), outcome
+
+
+# -- replicates that say nothing ------------------------------------------------------------------
+
+
+def seeded(seed: int) -> Callable[[], nn.Module]:
+    def maker() -> nn.Module:
+        torch.manual_seed(seed)
+        return make()
+
+    return maker
+
+
+def test_a_maker_that_sets_its_own_seed_makes_one_replicate(baseline, batch):
+    """Its spread is 0, and five times the same is no evidence: any other seed would have p = 1e-90."""
+    with pytest.raises(GateError, match="same weights under every seed"):
+        gate.take(seeded(5), batch, next_token_loss, replicates=3)
+    with pytest.raises(GateError, match=r"same weights under every seed.*baseline's replicates differ"):
+        gate.check(baseline, seeded(5), batch, next_token_loss)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_gradients_that_are_no_numbers_make_no_baseline(batch, factor):
+    with pytest.raises(GateError, match="would guard nothing"):
+        gate.take(make, batch, lambda m, b: factor * next_token_loss(m, b), replicates=3)
 
 
 # -- names ---------------------------------------------------------------------------------------

@@ -123,6 +123,37 @@ def test_the_smallest_change_has_the_power_that_is_said():
     assert stats.binom.ppf(1e-3, 300, 0.85) <= caught
 
 
+@pytest.mark.parametrize("kind", ["flow", "upd", "rms"])
+def test_a_change_of_the_resolution_that_a_pass_prints_is_caught(kind):
+    """Where the tolerance decides, a change of just that size would be caught in every other check."""
+    unmoved = simulated(13)
+    at = next(i for i, f in enumerate(unmoved.rule.features) if f.name == f"{kind} blocks.5")
+    base, run = Moments.of(unmoved.base[:20]), Moments.of(unmoved.run[:5])
+    _, tested = unmoved.rule.screen(base, run)
+    size = unmoved.rule.resolution(tested, (20, 5))[at]
+    moved = simulated(13, {f"{kind} blocks.5": size})
+    rng = np.random.default_rng(14)
+    caught = sum(moved.check(moved.baseline(rng), rng)[0] == "failed" for _ in range(200))
+    assert stats.binom.ppf(1e-3, 200, 0.9) <= caught
+
+
+def test_without_further_replicates_only_what_is_clear_fails():
+    features = tuple(Feature("upd", block, "upd blocks.*", k) for k, block in enumerate(BLOCKS))
+    rule = Rule.of(features, parse_tolerance("upd:.05nat"))
+    base = Moments(np.zeros(12), np.full(12, 0.03**2), 20)
+    run = Moments(np.asarray([0.3, 0.07, -0.3, 0.049] + [0.0] * 8), np.full(12, 0.03**2), 5)
+    p = 2 * stats.t.sf(np.abs(run.mean) / (0.03 * np.sqrt(1 / 20 + 1 / 5)), 33)
+    expected = (12 * p <= 1e-4) & (np.abs(run.mean) > 0.05)
+    assert expected.tolist() == [True, False, True] + [False] * 9
+    assert rule.clear(rule.screen(base, run)[1]).tolist() == expected.tolist()
+
+
+def test_the_first_of_the_activations_is_named_and_not_the_largest():
+    tested = simulated(15, {"upd blocks.4": 0.4, "upd blocks.6": 0.9, "flow blocks.6": 0.3})
+    rng = np.random.default_rng(16)
+    assert [tested.check(tested.baseline(rng), rng) for _ in range(5)] == [("failed", "blocks.4")] * 5
+
+
 @pytest.mark.parametrize(("failures", "checks"), [(0, 2000), (3, 2000), (20, 5000)])
 def test_the_upper_bound_is_clopper_and_pearsons(failures, checks):
     """At the bound so few failures have a probability of 5 %."""

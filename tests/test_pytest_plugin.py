@@ -224,7 +224,7 @@ def test_a_model_in_training_has_batches_for_replicates(
     monkeypatch.setenv("PART", "20 35")
     other = pytester.runpytest_inprocess(*PLUGIN, "-rP")
     other.assert_outcomes(passed=1)
-    other.stdout.fnmatch_lines(["*resolution (other seeds*"])
+    other.stdout.fnmatch_lines(["*resolution: * in 95 % of checks *"])
     monkeypatch.setenv("PLANTED", "1")
     for part in ("0 20", "20 35"):
         monkeypatch.setenv("PART", part)
@@ -313,6 +313,28 @@ def test_where_only_a_part_runs_nothing_is_called_unused(suite: pytest.Pytester,
         run = suite.runpytest_inprocess(*PLUGIN, *words)
         run.assert_outcomes(passed=1, deselected=1 if words[0] == "-k" else 0)
         run.stdout.no_fnmatch_line("unused: *")
+
+
+def test_a_test_of_the_same_name_in_another_file_is_another_test(
+    suite: pytest.Pytester, kept: Path
+) -> None:
+    suite.makepyfile(test_a="def test_model():\n    pass\n")
+    run = suite.runpytest_inprocess(*PLUGIN, "--deselect", "test_suite.py::test_model")
+    run.assert_outcomes(passed=1, deselected=1)
+    run.stdout.no_fnmatch_line("unused: *")
+    suite.makepyfile(test_a="def test_model():\n    assert False\n")
+    suite.runpytest_inprocess(*PLUGIN, "-x").stdout.no_fnmatch_line("unused: *")
+
+
+def test_parameters_that_look_alike_have_files_of_their_own(suite: pytest.Pytester) -> None:
+    mark = '@pytest.mark.parametrize("word", ["a::b", "a.b"])\ndef test_model(word, '
+    suite.makepyfile(test_suite=SUITE.replace("def test_model(", mark))
+    suite.runpytest_inprocess(*PLUGIN).assert_outcomes(failed=2)
+    names = {path.name for path in (suite.path / "gradient_baselines" / "test_suite").iterdir()}
+    assert len(names) == 2 and "test_model[a.b].json" in names
+    again = suite.runpytest_inprocess(*PLUGIN)
+    again.assert_outcomes(passed=2)
+    again.stdout.no_fnmatch_line("unused: *")
 
 
 def test_new_changed_and_unused_baselines_under_xdist(

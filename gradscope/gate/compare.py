@@ -29,6 +29,8 @@ SAME_SEEDS: Final = 0.02
 #: Two checksums of activations or gradients within this are of the same tensor, in float32 without a
 #: change of dtype: the file keeps three decimals.
 _SAME_CHECKSUM_FINE: Final = 1e-3
+#: Two features that a file keeps with four decimals may differ by this.
+_FILE_ROUNDING: Final = 1e-4
 _COARSE: Final = 1e-2
 _FINE: Final = 1e-4
 
@@ -96,7 +98,7 @@ def same_seeds(
     failed = size > np.asarray(limits)
     place = name_place(features, failed, size, size, baseline.blocks)
     if failed.any():
-        place = _by_checksum(baseline, run, features, failed, place)
+        place = _by_checksum(baseline, run, features, failed, size, place)
     order = sorted(
         np.flatnonzero(failed).tolist(),
         key=lambda i: (
@@ -113,21 +115,33 @@ def _by_checksum(
     run: Baseline,
     features: Sequence[Feature],
     failed: Mask,
+    size: Floats,
     place: Place,
 ) -> Place:
     """The block whose weights depart; else whose output does; else the gradient nearest the loss.
 
     Norms alone misname a post-norm net, where a changed block leaves the norm of its output as it was.
     Under the same seeds the forward pass in front of a change is exactly what it was: blocks there that
-    depart do so by the gradient that comes back.
+    depart do so by the gradient that comes back. A norm of the forward pass that is another one by more
+    than rounding tells it too, where a checksum of three decimals does not yet.
     """
     weights = [features[i].block for i in np.flatnonzero(failed).tolist() if features[i].kind == "rms"]
     inside = [block for block in weights if block >= 0]
     if weights and not inside:
         return place
-    limit = SAME_CHECKSUM if floor_of(baseline, run) > _FINE else _SAME_CHECKSUM_FINE
+    floor = floor_of(baseline, run)
+    limit = SAME_CHECKSUM if floor > _FINE else _SAME_CHECKSUM_FINE
     names = list(baseline.activation)
-    forward = [n for n in names if _differ(baseline.activation[n], run.activation.get(n, ()), limit)]
+    moved = {
+        baseline.blocks[feature.block]
+        for feature, change in zip(features, size.tolist(), strict=True)
+        if feature.kind in ("act", "upd") and change > floor + _FILE_ROUNDING
+    }
+    forward = [
+        n
+        for n in names
+        if n in moved or _differ(baseline.activation[n], run.activation.get(n, ()), limit)
+    ]
     if inside or forward:
         name = baseline.blocks[min(inside)] if inside else forward[0]
         block = baseline.blocks.index(name) if name in baseline.blocks else -1

@@ -248,7 +248,7 @@ def wrong_facts(baseline: Baseline, matched: Matched) -> list[Change]:
         ):
             say(name, "gradient rows that are 0", f"{old.zero_rows:.1%}", f"{new.zero_rows:.1%}")
     if run.nonfinite and not baseline.nonfinite:
-        say("the model", "NaN or infinite", "none", "some")
+        say(_first_nonfinite(baseline, run), "NaN or infinite", "none", "some")
     if baseline.architecture and run.architecture:
         for block, old_kind in baseline.architecture.items():
             new_kind = run.architecture.get(block, "none")
@@ -262,6 +262,26 @@ def wrong_facts(baseline: Baseline, matched: Matched) -> list[Change]:
         if item.state != other.state and {item.state, other.state} & {"zero", "not finite"}:
             say(item.feature.layer, item.feature.kind, item.state, other.state)
     return found
+
+
+def _first_nonfinite(baseline: Baseline, run: Baseline) -> str:
+    """Where NaN and infinities begin: the first activation, else the gradient nearest the loss."""
+    now = {item.feature.name: item.state for item in run.features}
+    lost = [
+        x.feature
+        for x in baseline.features
+        if x.state == "value" and now.get(x.feature.name, "absent") not in ("value", "zero")
+    ]
+    ends = [x.layer for x in lost if x.kind == "endpoint"]
+    start = [layer for layer in ends if "activation" in layer]
+    forward = [x for x in lost if x.kind in ("act", "upd")]
+    if start or forward:
+        return start[0] if start else min(forward, key=lambda x: x.block).layer
+    backward = [x for x in lost if x.kind in ("flow", "gup")]
+    backward = backward or [x for x in lost if x.kind == "param_grad"]
+    if ends or not backward:
+        return ends[0] if ends else "the model"
+    return max(backward, key=lambda x: x.block).layer
 
 
 def first_of(changes: Sequence[Change], blocks: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from torch import nn
@@ -27,7 +27,14 @@ from gradscope.gate.seen import Seen
 from gradscope.layers import select
 from gradscope.record import Record
 
-__all__ = ["as_batches", "bare", "depths", "observe", "skips", "take"]
+__all__ = ["ONE_START", "as_batches", "bare", "depths", "observe", "skips", "take"]
+
+#: What is wrong with replicates that are one.
+ONE_START: Final = (
+    "make_model() starts with the same weights under every seed, so that its replicates are one: it sets "
+    "a seed of its own, or loads weights. Take that out of it, or give the model itself and a list of "
+    "batches"
+)
 
 
 def as_batches(batch: Any) -> list[Any]:
@@ -61,7 +68,8 @@ def take(
     else:
         batches = []
         numbers = list(range(replicates) if seeds is None else seeds)
-    if len(set(numbers)) < max(3, len(numbers)):
+    digests = [digest(item)[0] for item in batches]
+    if len(set(digests or numbers)) < max(3, len(numbers)):
         raise GateError(
             f"{len(numbers)} replicates are too few, or some are the same: take 20 different ones (with "
             "5, one baseline in eight fails every later run)."
@@ -72,14 +80,29 @@ def take(
     ]
     first = batches[0] if batches else batch
     effective, why = depths(runner, numbers[:PAIRED], batches or [batch] * PAIRED, loss)
-    return observe(
+    taken = observe(
         found,
         batch=first,
-        batches=[digest(item)[0] for item in batches],
+        batches=digests,
         architecture=skips(runner, found[0], first, loss),
         effective_depth=effective,
         no_depth=why,
     )
+    _must_say_something(taken)
+    return taken
+
+
+def _must_say_something(baseline: Baseline) -> None:
+    """Refuse what later runs could pass without any gradient, or fail by no noise."""
+    drawn = [p.checksum for p in baseline.parameters.values() if not p.constant]
+    if baseline.kind == "initialisation" and drawn and all(len(set(c)) == 1 for c in drawn):
+        raise GateError(f"{ONE_START}.")
+    gradients = [x for x in baseline.features if x.feature.kind in ("flow", "gup", "param_grad")]
+    if not any(item.state == "value" for item in gradients):
+        raise GateError(
+            "No gradient of this model is a finite number other than 0 in every replicate: a baseline of "
+            "it would guard nothing. gradscope.testing.assert_healthy says what is wrong."
+        )
 
 
 def skips(runner: Replicates, first: Replicate, batch: Any, loss: Any) -> Mapping[str, str]:

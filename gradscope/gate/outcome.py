@@ -185,10 +185,8 @@ class Outcome:
             words = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
             if len(set(sizes.values())) == 1:
                 words = f"{next(iter(sizes.values()))} in every feature"
-            lines.append(
-                f"resolution ({self.tier}, {self.replicates} replicates): a change of one layer is seen "
-                f"from [nat] {words}"
-            )
+            rate = "" if self.tier == "same seeds" else "in 95 % of checks "
+            lines.append(f"resolution: a change of one layer is caught {rate}from [nat] {words}")
         features = [change.row[1].removeprefix("mean ") for change in self.changes[:_ROWS]]
         known = [f"{kind}: {MEANINGS[kind]}" for kind in dict.fromkeys(features) if kind in MEANINGS]
         if known:

@@ -26,12 +26,17 @@ from gradscope.gate.compare import (
     same_seeds,
 )
 from gradscope.gate.facts import Matched, first_of, match, other_subject, wrong_facts
-from gradscope.gate.observe import as_batches, depths
+from gradscope.gate.observe import ONE_START, as_batches, depths
 from gradscope.gate.outcome import Change, Outcome
 from gradscope.gate.runs import Runs
 
 __all__ = ["check", "judged"]
 
+_PLURAL = {"initialisation": "initialisations", "batch": "batches"}
+_REORDERED = (
+    "the forward pass draws random numbers (dropout): where it only draws them in another order, this is "
+    "no regression. With model.eval() it draws none"
+)
 _SAME_BATCH = "the batch must be the same in every run: if it is drawn, draw it under a seed of its own"
 
 
@@ -48,9 +53,9 @@ def check(
     given = isinstance(make_model, nn.Module)
     if given != (baseline.kind == "batch"):
         raise GateError(
-            f"The baseline's replicates are {baseline.kind}s, and now "
-            f"{'a model' if given else 'a function that makes models'} was given: give the same, or take "
-            "a new baseline."
+            f"The baseline's replicates are {_PLURAL[baseline.kind]}, and now "
+            f"{'a model' if given else 'a function that makes models'} was given: give the same, or "
+            "delete the baseline and take a new one."
         )
     batches = as_batches(batch) if given else []
     runner = Replicates(make_model, batch, loss)
@@ -72,6 +77,13 @@ class _Check:
     @property
     def _replicates(self) -> str:
         return "batches" if self.baseline.kind == "batch" else "seeds"
+
+    @property
+    def _others(self) -> str:
+        """What tier 3 compares, as a message begins."""
+        if self.baseline.kind == "batch" and not self.runs.fresh(0):
+            return "The baseline's batches and other weights"
+        return f"Other {self._replicates} than the baseline's"
 
     def outcome(self) -> Outcome:
         """Run as many replicates as it takes."""
@@ -141,6 +153,8 @@ class _Check:
         changes, place, largest = same_seeds(self.baseline, run, self.tolerance)
         changes = [*changes, *self._depth_same(run)]
         if changes:
+            if self.baseline.random and run.random:
+                notes.append(_REORDERED)
             return self._failed("same seeds", _where(place), changes, run, notes)
         floor = floor_of(self.baseline, run)
         if largest > floor:
@@ -163,6 +177,8 @@ class _Check:
 
     def _other(self, matched: Matched, notes: list[str]) -> Outcome:
         run = matched.run
+        if _repeats(self.baseline, run):
+            raise GateError(f"{ONE_START}. The baseline's replicates differ.")
         first = OtherSeeds.of(self.baseline, run, self.tolerance)
         flagged, tested = first.rule.screen(first.base, first.run)
         deeper = self._depth_other(notes)
@@ -171,7 +187,7 @@ class _Check:
         if not flagged.any():
             return Outcome(
                 status="passed",
-                reason=f"Other {self._replicates} than the baseline's, and nothing departs.",
+                reason=f"{self._others}, and nothing departs.",
                 tier="other seeds",
                 notes=tuple(notes),
                 resolution=_resolution(first, tested),
@@ -199,12 +215,17 @@ class _Check:
                     return self._failed("other seeds", _where(place), changes, again, notes)
             why = f"and {len(further)} further ones do not confirm it"
         else:
+            departs = first.rule.clear(tested)
+            if departs.any():
+                place = first.place(departs, tested, self.baseline.blocks)
+                changes = first.changes(departs, tested, place)
+                return self._failed("other seeds", _where(place), changes, run, notes)
             why = f"and there were only {len(numbers)} further ones to confirm it with"
         place = first.place(flagged, tested, self.baseline.blocks)
         return Outcome(
             status="suspicious",
             reason=f"{int(flagged.sum())} of {len(flagged)} features stand out in "
-            f"{first.run.count} fresh replicates, {why}: this passes.",
+            f"{first.run.count} replicates, {why}: this passes.",
             tier="other seeds",
             where=_where(place),
             changes=tuple(first.changes(flagged, tested, place)),
@@ -224,8 +245,7 @@ class _Check:
         words = {
             "exact facts": f"An exact fact is no longer true, {begins}.",
             "same seeds": f"The same {self._replicates} give other values, {begins}.",
-            "other seeds": f"Other {self._replicates} than the baseline's, and more than their noise, "
-            f"{begins}.",
+            "other seeds": f"{self._others}, and more than their noise, {begins}.",
         }
         return Outcome(
             status="failed",
@@ -297,7 +317,21 @@ class _Check:
         for what in ("torch", "device", "dtype", "model"):
             if old.get(what) != new.get(what):
                 notes.append(f"{what}: {old.get(what)} → {new.get(what)}")
+        draws = [bool(b.random) for b in (self.baseline, matched.run)]
+        if draws[0] != draws[1]:
+            words = ("draws none", "draws random numbers")
+            notes.append(f"the forward pass (dropout): {words[draws[0]]} → {words[draws[1]]}")
         return notes
+
+
+def _repeats(baseline: Baseline, run: Baseline) -> bool:
+    """Whether a run's initialisations are one and the same, where the baseline's differ."""
+    if baseline.kind == "batch" or len(run.seeds) < 2:
+        return False
+    now = {item.feature.name: item for item in run.features if item.state == "value"}
+    both = [(x, now[x.feature.name]) for x in baseline.features if x.spread and x.feature.name in now]
+    weights = [pair for pair in both if pair[0].feature.kind == "rms"]
+    return bool(both) and not any(new.spread for _, new in weights or both)
 
 
 def _inside(layer: str, where: str) -> bool:
@@ -309,7 +343,7 @@ def _where(place: Any) -> str:
 
 
 def _resolution(tier: OtherSeeds, tested: Tested) -> dict[str, float]:
-    sizes = tier.rule.resolution(tested)
+    sizes = tier.rule.resolution(tested, (tier.base.count, tier.run.count))
     kinds: dict[str, list[float]] = {}
     for feature, size in zip(tier.rule.features, sizes.tolist(), strict=True):
         kinds.setdefault(feature.kind, []).append(size)

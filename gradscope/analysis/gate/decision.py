@@ -5,13 +5,15 @@ the tolerance; nothing flagged passes. Half of the level goes to the features of
 those of the parameters, so that m is twice the number of its own: parameters are many, and blocks few.
 **Confirm** with ten further fresh ones, only the k flagged features: p·k ≤ .01, the same sign, a change
 above the tolerance. After three of the ten a first look ends what is clear: p·k ≤ 10⁻⁴ fails, and no
-feature with p ≤ .05 and the same sign passes. **Name** the block by the weights, forward-first; else by
+feature with p ≤ .05 and the same sign passes. Where a given model has no further batches, p·m ≤ 10⁻⁴ and
+a change above the tolerance fail at once. **Name** the block by the weights, forward-first; else by
 the activations, forward-first; else by the largest |t|. No single block is blamed where at least half of
 the blocks depart on both sides of it (`Place.wide`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -109,16 +111,31 @@ class Rule:
             status = "passed"
         return status, large & (tested.p_value <= _CONFIRM_LEVEL), tested
 
-    def resolution(self, tested: Tested) -> Floats:
-        """[F] the smallest change that this many replicates flag with 95 % power, at least the tolerance.
+    def clear(self, tested: Tested) -> Mask:
+        """[F], which features depart so clearly that no further replicates need confirm it.
 
-        max(τ, (t_crit + 1.645)·s̃·√(1/S_b + 1/S_r)), nats.
+        A change above the tolerance with p·m ≤ 10⁻⁴: for where there are no further ones.
+        """
+        return (tested.p_value * self.tests <= _CLEAR_LEVEL) & (np.abs(tested.change) > self.smallest)
+
+    def resolution(self, tested: Tested, counts: tuple[int, int]) -> Floats:
+        """[F] the smallest change flagged with 95 % power, and seen above the tolerance when confirmed.
+
+        max((t_crit + 1.645)·s̃·√(1/S_b + 1/S_r), τ + 1.645·s̃·√(1/S_b + 1/S_c)), nats, with S_c = 10
+        replicates that confirm: a change of τ itself is seen to be above τ in half of all checks.
+
+        Args:
+            tested: the screen.
+            counts: S_b and S_r.
         """
         from scipy.special import stdtrit
 
         level = 1 - _SCREEN_LEVEL / self.tests / 2
         critical = np.asarray(stdtrit(tested.degrees, level), dtype=np.float64)
-        return np.maximum(self.smallest, (critical + _POWER_95) * tested.error)
+        flags = (critical + _POWER_95) * tested.error
+        base, run = counts
+        later = tested.error * math.sqrt((1 / base + 1 / CONFIRM) / (1 / base + 1 / run))
+        return np.maximum(flags, self.smallest + _POWER_95 * later)
 
 
 @dataclass(frozen=True, slots=True)
