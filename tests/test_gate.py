@@ -135,7 +135,7 @@ def test_what_bfloat16_may_change_is_said_in_float32(baseline, batch):
     """Weights × 1.006: .006 nat, more than rounding in float32, less than what is worth failing for."""
     outcome = gate.check(baseline, scaled(1.006), batch, next_token_loss)
     assert (outcome.status, outcome.tier) == ("passed", "same seeds"), outcome
-    assert "rounding explains" in " ".join(str(outcome).split())
+    assert "more than the 0.0001 that rounding explains" in " ".join(str(outcome).split())
 
 
 @pytest.mark.parametrize("planted", [False, True])
