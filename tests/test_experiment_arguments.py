@@ -55,10 +55,13 @@ def test_an_empty_batch(experiment: Callable[..., Any]) -> None:
         experiment(model(), X[:0], loss)
 
 
-@pytest.mark.parametrize("method", ["lens_kl", "angular"])
-def test_depths_from_activations_take_no_branches(method: str) -> None:
-    with pytest.raises(MeasureError, match="leave it out"):
-        gradscope.effective_depth(model(), X, loss, method=method, modules="layers.*")
+def test_depths_take_what_belongs_to_them() -> None:
+    for method in ("lens_kl", "angular"):
+        with pytest.raises(ValueError, match="not from modules="):
+            gradscope.effective_depth(model(), X, loss, method=method, modules="layers.*")
+    for method in ("gradient", "veit"):
+        with pytest.raises(ValueError, match="take no mask="):
+            gradscope.effective_depth(model(), X, loss, method=method, mask="mask")
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -356,3 +356,42 @@ def test_bfloat16_rounds_the_sum_of_the_branches() -> None:
     exact = gradscope.effective_depth(model.eval().double(), batch, method="residual_cosine")
     rounded = gradscope.effective_depth(model.bfloat16(), batch, method="residual_cosine")
     assert rounded.evidence["cosine"] == pytest.approx(exact.evidence["cosine"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "method", ["lens_kl", "lens_overlap", "block_influence", "angular", "residual_cosine"]
+)
+def test_padding_is_left_out_by_the_mask(method: str) -> None:
+    """A causal model does not see padding on the right: it is that of the shorter sample alone."""
+    from hub_models import build
+
+    model, batch = build("llama")
+    model = model.eval().double()
+    ids = batch["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+
+    def logits(model: Any, batch: Any) -> Tensor:
+        return model(**batch).logits.sum()
+
+    padded = gradscope.effective_depth(
+        model, {"input_ids": ids, "attention_mask": mask}, logits, method=method, mask="attention_mask"
+    )
+    whole = gradscope.effective_depth(model, {"input_ids": ids[:1]}, logits, method=method)
+    short = gradscope.effective_depth(model, {"input_ids": ids[1:, :5]}, logits, method=method)
+    name = next(iter(padded.evidence))
+    tokens = ids.shape[1]
+    expected = (tokens * whole.evidence[name] + 5 * short.evidence[name]) / (tokens + 5)
+    assert padded.evidence[name] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    model = Turning([0.1, 0.2])
+    for mask, said in ((torch.ones(1, 3), "which positions"), (torch.zeros(1, 2), "leaves no position")):
+        request = DepthRequest(model=model, batch=X, loss=summed, mask=mask)
+        with pytest.raises(MeasureError, match=said):
+            depth_by("angular", request)
+    with pytest.raises(MeasureError, match="There is no mask"):
+        depth_by(
+            "angular", DepthRequest(model=model, batch=X, loss=summed, mask=lambda args, kwargs: None)
+        )

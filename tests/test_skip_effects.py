@@ -209,3 +209,14 @@ def test_what_is_no_longer_finite_without_a_block_is_infinite() -> None:
     net.blocks = nn.ModuleList(Root(up) for up in (9.0, 0.0, 0.0))
     found = skip_effects(net, -torch.rand(2, 6, 5, dtype=torch.float64) - 1, loss)
     assert np.isinf(found.effect[0, 1]) and np.isinf(found.output[0]) and np.isfinite(found.effect[1, 2])
+
+
+def test_tokens_of_padding_are_left_out_by_the_mask() -> None:
+    """The net is causal: what a sample has in front of its padding is as if it were alone."""
+    mask = torch.ones(2, 6)
+    mask[1, 4:] = 0
+    found = skip_effects(Net(), X, loss, positions=(2,), mask=mask)
+    each = [skip_effects(Net(), x, loss, positions=(2,)) for x in (X[:1], X[1:, :4])]
+    for name in ("effect", "output", "future", "future_output"):
+        expected = np.maximum(*(getattr(one, name) for one in each))
+        np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-12)

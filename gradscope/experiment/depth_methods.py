@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from gradscope.collect.arguments import Mask
+
 __all__ = [
     "HOMES",
     "DepthMethod",
@@ -43,6 +45,7 @@ class DepthRequest:
         trunk: the trunk by name; None: the one that the loss hangs on.
         modules: names of the modules whose outputs are the branches; None: they are found.
         batch_dim: the dimension of the samples.
+        mask: positions of padding to leave out of means over activations; None: there are none.
     """
 
     model: nn.Module
@@ -51,6 +54,7 @@ class DepthRequest:
     trunk: str | None = None
     modules: str | Sequence[str] | None = None
     batch_dim: int = 0
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,6 +86,7 @@ class DepthMethod:
         unit: what it counts.
         citation: where it is from.
         read: measures it.
+        activations: whether it is read from activations, which takes ``mask`` and no ``modules``.
     """
 
     name: str
@@ -89,6 +94,7 @@ class DepthMethod:
     unit: str
     citation: str
     read: Callable[[DepthRequest], DepthReading]
+    activations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,7 +136,7 @@ _METHODS: Final[dict[str, DepthMethod]] = {}
 
 
 def depth_method(
-    name: str, *, formula: str, unit: str, citation: str
+    name: str, *, formula: str, unit: str, citation: str, activations: bool = False
 ) -> Callable[[Callable[[DepthRequest], DepthReading]], Callable[[DepthRequest], DepthReading]]:
     """Enter a function into the table of methods.
 
@@ -141,7 +147,14 @@ def depth_method(
     def enter(read: Callable[[DepthRequest], DepthReading]) -> Callable[[DepthRequest], DepthReading]:
         if name in _METHODS:
             raise ValueError(f"depth method {name!r} is there already; choose another name")
-        _METHODS[name] = DepthMethod(name=name, formula=formula, unit=unit, citation=citation, read=read)
+        _METHODS[name] = DepthMethod(
+            name=name,
+            formula=formula,
+            unit=unit,
+            citation=citation,
+            read=read,
+            activations=activations,
+        )
         return read
 
     return enter
@@ -158,13 +171,19 @@ def depth_by(name: str, request: DepthRequest) -> NamedDepth:
     """A depth by the method of that name.
 
     Raises:
-        ValueError: there is no such method.
+        ValueError: there is no such method, or it takes no mask, or no modules.
         MeasureError: what the method refuses.
     """
     methods = depth_methods()
     if name not in methods:
         raise ValueError(f"method={name!r} is none of {', '.join(sorted(methods))}")
     method = methods[name]
+    if method.activations and request.modules is not None:
+        raise ValueError(
+            f"{name} is read from the stream between blocks, not from modules=: leave it out"
+        )
+    if not method.activations and request.mask is not None:
+        raise ValueError(f"{name} is read from gradients, which take no mask=: leave it out")
     found = method.read(request)
     return NamedDepth(
         value=found.value,

@@ -30,6 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from gradscope.collect.arguments import Mask
 from gradscope.errors import MeasureError
 from gradscope.experiment.branch_shares import BranchContributions
 from gradscope.experiment.contributions import branch_contributions
@@ -105,6 +106,7 @@ def effective_depth(
     spectrum: bool = False,
     max_bytes: int = DEFAULT_MAX_BYTES,
     batch_dim: int = 0,
+    mask: Mask | None = None,
     progress: bool = True,
 ) -> EffectiveDepth: ...
 
@@ -122,6 +124,7 @@ def effective_depth(
     spectrum: bool = False,
     max_bytes: int = DEFAULT_MAX_BYTES,
     batch_dim: int = 0,
+    mask: Mask | None = None,
     progress: bool = True,
 ) -> EffectiveDepth | NamedDepth: ...
 
@@ -138,6 +141,7 @@ def effective_depth(
     spectrum: bool = False,
     max_bytes: int = DEFAULT_MAX_BYTES,
     batch_dim: int = 0,
+    mask: Mask | None = None,
     progress: bool = True,
 ) -> EffectiveDepth | NamedDepth:
     """Effective depth D of a model as it is.
@@ -182,6 +186,8 @@ def effective_depth(
             gives κ and Σ|w_k|, and checks D by Σ_k k·w_k. It costs n + 1 further backward passes.
         max_bytes: as for `gradscope.path_spectrum`.
         batch_dim: the dimension of the batch's tensors along which the samples lie.
+        mask: padding to leave out of the means of depths from activations, as in `gradscope.watch`;
+            without it all positions count. Depths by gradients take none.
         progress: whether to say on a terminal how far the spectrum is.
 
     Returns:
@@ -194,7 +200,8 @@ def effective_depth(
             active dropout, a loss that sees half of the samples as others); the stream is neither float32
             nor float64; or a check failed.
         LayerError: a pattern matches no module.
-        ValueError: ``max_bytes`` below 1, or a method that there is not.
+        ValueError: ``max_bytes`` below 1, a method that there is not, or an argument that it does not
+            take.
         TypeError: the model is no module, or the loss no function.
 
     >>> from gradscope import reference
@@ -209,9 +216,17 @@ def effective_depth(
         if branches or spectrum:
             raise ValueError(f'branches= and spectrum= belong to method="gradient", not to {method!r}')
         request = DepthRequest(
-            model=model, batch=batch, loss=loss, trunk=trunk, modules=modules, batch_dim=batch_dim
+            model=model,
+            batch=batch,
+            loss=loss,
+            trunk=trunk,
+            modules=modules,
+            batch_dim=batch_dim,
+            mask=mask,
         )
         return depth_by(method, request)
+    if mask is not None:
+        raise ValueError("gradient is read from gradients, which take no mask=: leave it out")
     model = unwrapped(model)
     numbers = AdditionNumbers() if branches else None
     with undisturbed(model), attention_by_formula() if branches else nullcontext():

@@ -37,6 +37,7 @@ _ADDED: Final = 1e-3
     formula="l + 1 for the first l with KL(p_l‖p) < max KL/2, p_l the lens on the input of block l",
     unit="blocks",
     citation=_CSORDAS,
+    activations=True,
 )
 def lens_kl(request: DepthRequest) -> DepthReading:
     """Where the logit lens comes half-way to the output: as a ratio of the depth, (l + 1)/L.
@@ -54,6 +55,7 @@ def lens_kl(request: DepthRequest) -> DepthReading:
     formula=f"l + 1 for the first l with a top-{_TOP} overlap above .3, the lens on block l's input",
     unit="blocks",
     citation=_CSORDAS,
+    activations=True,
 )
 def lens_overlap(request: DepthRequest) -> DepthReading:
     """Where the lens's most probable outputs become those of the model: as a ratio, (l + 1)/L.
@@ -73,12 +75,13 @@ def lens_overlap(request: DepthRequest) -> DepthReading:
     formula="exp(−Σ p ln p), p = BI/Σ BI, BI = 1 − E cos(h_l, h_l+1)",
     unit="blocks",
     citation="Block Influence: Men et al. 2024, arXiv:2403.03853",
+    activations=True,
 )
 def block_influence(request: DepthRequest) -> DepthReading:
     """How many blocks turn the stream, by the exponential entropy of their Block Influence."""
     run = run_stream(request)
     # 1 − cos = ½‖u − v‖² of unit vectors, which keeps the digits of a small one.
-    influence = [float((_chords(a, b)[0] ** 2).mean() / 2) for a, b in _pairs(run)]
+    influence = [float(run.counted(_chords(a, b)[0] ** 2).mean() / 2) for a, b in _pairs(run)]
     return _taking_part(np.array(influence), "block_influence", _name(run))
 
 
@@ -87,11 +90,12 @@ def block_influence(request: DepthRequest) -> DepthReading:
     formula="exp(−Σ p ln p), p = d/Σ d, d = E arccos(cos(h_l, h_l+1))/π",
     unit="blocks",
     citation="angular distance: Gromov et al. 2024, arXiv:2403.17887",
+    activations=True,
 )
 def angular(request: DepthRequest) -> DepthReading:
     """How many blocks turn the stream, by the exponential entropy of their angular distances."""
     run = run_stream(request)
-    distance = np.array([float(_angle(a, b).mean()) / math.pi for a, b in _pairs(run)])
+    distance = np.array([float(run.counted(_angle(a, b)).mean()) / math.pi for a, b in _pairs(run)])
     return _taking_part(distance, "angular_distance", _name(run))
 
 
@@ -100,6 +104,7 @@ def angular(request: DepthRequest) -> DepthReading:
     formula="l + 1 for the last l where the mean of cos(F, h) over attention, MLP and block becomes ≥ 0",
     unit="blocks",
     citation=_CSORDAS,
+    activations=True,
 )
 def residual_cosine(request: DepthRequest) -> DepthReading:
     """Where blocks stop erasing and begin to refine; F what is added, h the stream that it is added to.
@@ -112,12 +117,12 @@ def residual_cosine(request: DepthRequest) -> DepthReading:
     means: list[float] = []
     rounding = torch.finfo(run.stream[-1].dtype).eps
     for number, (before, after) in enumerate(_pairs(run)):
-        h, found = before, [float(_cosine(after - before, before).mean())]
+        h, found = before, [float(run.counted(_cosine(after - before, before)).mean())]
         for output in run.branches.get(number, []):
             if output.shape != run.stream[number].shape:
                 raise MeasureError(_not_added(run, number))
             branch = run.features_last(output)
-            found.append(float(_cosine(branch, h).mean()))
+            found.append(float(run.counted(_cosine(branch, h)).mean()))
             h = h + branch
         allowed = _ADDED * (after - before).norm() + 2 * rounding * after.norm()
         if len(found) < 3 or not (h - after).norm() <= allowed:
@@ -155,9 +160,9 @@ def _lens(request: DepthRequest) -> tuple[npt.NDArray[np.float64], npt.NDArray[n
     overlap: list[float] = []
     for h in run.stream[:-1]:
         found = logits_of(run.ending_with(h)).log_softmax(-1)
-        kl.append(float((found.exp() * (found - final)).sum(-1).mean()))
+        kl.append(float(run.counted((found.exp() * (found - final)).sum(-1)).mean()))
         common = (found.topk(top, -1).indices[..., :, None] == best[..., None, :]).any(-1)
-        overlap.append(float(common.double().mean()))
+        overlap.append(float(run.counted(common.double().mean(-1)).mean()))
     return np.asarray(kl), np.asarray(overlap), run
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from gradscope.collect.arguments import Mask
 from gradscope.errors import MeasureError
 from gradscope.experiment.depth_methods import DepthRequest
 from gradscope.experiment.layer_depths import logits_of
@@ -82,6 +83,7 @@ def skip_effects(
     trunk: str | None = None,
     positions: Sequence[int] = (),
     batch_dim: int = 0,
+    mask: Mask | None = None,
     progress: bool = True,
 ) -> SkipEffects:
     """Skip every block in turn and see what changes behind it; L + 1 forward passes without gradients.
@@ -98,16 +100,18 @@ def skip_effects(
         loss: ``loss(model, batch)``, which runs the model. None: ``model(**batch).loss``.
         trunk: which trunk, by name; None: the one that runs last.
         positions: for the effect on future tokens of a causal model with a stream [batch, tokens,
-            features]: the positions t before which each block is skipped; L further passes each. Tokens
-            of padding count like all others, in every effect.
+            features]: the positions t before which each block is skipped; L further passes each.
         batch_dim: the dimension of the samples.
+        mask: tokens of padding to leave out, as in `gradscope.watch`; without it they count.
         progress: whether to say on a terminal how far it is.
 
     Raises:
         MeasureError: no trunk, a stream that changes its shape or is not finite, active dropout,
             BatchNorm on batch statistics, or positions outside of the sequence.
     """
-    run = run_stream(DepthRequest(model=model, batch=batch, loss=loss, trunk=trunk, batch_dim=batch_dim))
+    run = run_stream(
+        DepthRequest(model=model, batch=batch, loss=loss, trunk=trunk, batch_dim=batch_dim, mask=mask)
+    )
     shapes = {h.shape for h in run.stream}
     if len(shapes) > 1:
         raise MeasureError("The stream changes its width: a block that is skipped fits no later one.")
@@ -138,16 +142,16 @@ def skip_effects(
     before = _added(run, run.stream)
     for s in counted(range(length), "skip effects", show=progress):
         stream, result = run.without(s)
-        effect[s, s + 1 :] = _effects(before, _added(run, stream), s, 0)
+        effect[s, s + 1 :] = _effects(run, before, _added(run, stream), s, 0)
         if plain is not None:
-            output[s] = _change(plain, logits_of(result).softmax(-1), 0)
+            output[s] = _change(run, plain, logits_of(result).softmax(-1), 0)
         for t in positions:
             assert future is not None and future_output is not None
             stream, result = run.without(s, t)
-            here = _effects(before, _added(run, stream), s, t)
+            here = _effects(run, before, _added(run, stream), s, t)
             future[s, s + 1 :] = np.fmax(future[s, s + 1 :], here)
             if plain is not None and by_token:
-                change = _change(plain, logits_of(result).softmax(-1), t)
+                change = _change(run, plain, logits_of(result).softmax(-1), t)
                 future_output[s] = np.fmax(future_output[s], change)
     return SkipEffects(
         blocks=tuple(run.blocks),
@@ -166,18 +170,32 @@ def _added(run: StreamRun, stream: list[Tensor]) -> list[Tensor]:
     return [after - before for before, after in itertools.pairwise(h)]
 
 
-def _effects(before: list[Tensor], after: list[Tensor], s: int, start: int) -> list[float]:
+def _effects(
+    run: StreamRun, before: list[Tensor], after: list[Tensor], s: int, start: int
+) -> list[float]:
     found: list[float] = []
     for plain, changed in zip(before[s + 1 :], after[s + 1 :], strict=True):
         size = plain.norm(dim=-1)
-        change = (plain - changed).norm(dim=-1) / size
         # A block that adds exactly nothing to a token has no relative change there.
-        some = size > 0
-        change = (change[:, start:][some[:, start:]] if start else change[some]).nan_to_num(nan=math.inf)
-        found.append(float(change.max()) if change.numel() else math.nan)
+        change = torch.where(size > 0, (plain - changed).norm(dim=-1) / size, 0.0)
+        some = _from(run, size > 0, start).any()
+        found.append(_largest(run, change, start) if some else math.nan)
     return found
 
 
-def _change(plain: Tensor, changed: Tensor, start: int) -> float:
-    change = (plain - changed).norm(dim=-1)
-    return float((change[:, start:] if start else change).nan_to_num(nan=math.inf).max())
+def _change(run: StreamRun, plain: Tensor, changed: Tensor, start: int) -> float:
+    return _largest(run, (plain - changed).norm(dim=-1), start)
+
+
+def _largest(run: StreamRun, change: Tensor, start: int) -> float:
+    """The largest over the tokens from a position on; infinite where it is not finite."""
+    rest = _from(run, change, start).nan_to_num(nan=math.inf)
+    return float(rest.max()) if rest.numel() else math.nan
+
+
+def _from(run: StreamRun, values: Tensor, start: int) -> Tensor:
+    if not start:
+        return run.counted(values)
+    behind = torch.arange(values.shape[1], device=values.device) >= start
+    counts = behind.expand(values.shape) if run.valid is None else behind & run.valid
+    return values[counts]

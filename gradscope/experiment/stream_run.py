@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from gradscope.collect.arguments import valid_positions
 from gradscope.collect.tensors import tensors_in
 from gradscope.errors import MeasureError
 from gradscope.experiment.batches import first_float, loss_or_own, part_of, replaced, sample_count
@@ -65,6 +66,7 @@ class StreamRun:
         outside: whether the model adds what blocks return to the stream.
         feature_axis: which axis of the stream holds the features.
         tokens_second: whether the stream is [batch, tokens, features].
+        valid: which of its positions count, of the stream's first two axes; None: all.
     """
 
     request: DepthRequest
@@ -77,10 +79,17 @@ class StreamRun:
     outside: bool
     feature_axis: int
     tokens_second: bool
+    valid: Tensor | None
 
     def features_last(self, h: Tensor) -> Tensor:
         """A tensor of the stream in float64, with its features on the last axis."""
         return h.double().movedim(self.feature_axis, -1)
+
+    def counted(self, values: Tensor) -> Tensor:
+        """Those of values by position [batch, tokens] that are not of padding; all others as they are."""
+        if self.valid is None or values.shape != self.valid.shape:
+            return values
+        return values[self.valid]
 
     def without(self, skipped: int, until: int | None = None) -> tuple[list[Tensor], Any]:
         """The stream and the output with one block call skipped, or skipped before a token only."""
@@ -114,7 +123,7 @@ class StreamRun:
         return self._again(change)[1]
 
     def _again(self, change: Change) -> tuple[list[Tensor], Any]:
-        (calls,), output = _passed(self.request, self.model, (self.trunk,), change)
+        (calls,), output, _ = _passed(self.request, self.model, (self.trunk,), change)
         if tuple(calls.blocks) != self.blocks:
             raise MeasureError(
                 f"The blocks of {self.trunk.name} are called in another order, or not as often, in a "
@@ -127,16 +136,12 @@ def run_stream(request: DepthRequest) -> StreamRun:
     """Run a copy of the model without gradients.
 
     Raises:
-        MeasureError: branches are named; no trunk, or the one that was named did not run; the samples
-            influence each other, or are treated at random; or what happens to the stream between two
-            blocks is not known.
+        MeasureError: no trunk, or the one that was named did not run; the samples influence each other,
+            or are treated at random; what happens to the stream between two blocks is not known; or a
+            mask that does not fit.
+        ValueError: a mask that is not [batch, tokens].
     """
     model = unwrapped(request.model)
-    if request.modules is not None:
-        raise MeasureError(
-            "What is read from activations takes the stream between blocks, and none of modules=: leave "
-            "it out."
-        )
     refuse_coupled_samples(model)
     twin = shared_copy(model)
     trunks = find_trunks(twin)
@@ -147,7 +152,7 @@ def run_stream(request: DepthRequest) -> StreamRun:
         if request.trunk not in names:
             raise MeasureError(f'trunk="{request.trunk}" is none of the trunks: {", ".join(names)}.')
         trunks = (trunks[names.index(request.trunk)],)
-    found, output = _passed(request, twin, trunks)
+    found, output, valid = _passed(request, twin, trunks)
     if not found:
         raise MeasureError(
             f"The blocks of {', '.join(trunk.name for trunk in trunks)} were not called in the forward "
@@ -157,6 +162,7 @@ def run_stream(request: DepthRequest) -> StreamRun:
     outside = _added_outside(calls)
     stream, modules = _stream_of(calls, outside), named_layers(twin)
     first = calls.blocks[0]
+    tokens_second = token_axis(first, modules) == 1
     return StreamRun(
         request=request,
         model=twin,
@@ -167,14 +173,15 @@ def run_stream(request: DepthRequest) -> StreamRun:
         output=output,
         outside=outside,
         feature_axis=1 if stream[-1].dim() in channels_first(first, modules) else -1,
-        tokens_second=token_axis(first, modules) == 1,
+        tokens_second=tokens_second,
+        valid=_valid(request, valid, stream, tokens_second),
     )
 
 
 def _passed(
     request: DepthRequest, twin: nn.Module, trunks: Sequence[Trunk], change: Change | None = None
-) -> tuple[list[_Calls], Any]:
-    """The calls of the trunks that ran, the one that ended last at the end, and the model's output."""
+) -> tuple[list[_Calls], Any, Tensor | None]:
+    """The calls of the trunks that ran, the one that ended last at the end; the output; the mask."""
     loss = loss_or_own(request.loss, request.batch)
     # Its own each time: a loss may take something out of its batch, or write to it.
     samples = sample_count(request.batch, request.batch_dim)
@@ -182,6 +189,13 @@ def _passed(
     modules = named_layers(twin)
     ran: list[_Calls] = []
     output: list[Any] = []
+    valid: list[Tensor] = []
+
+    def masked(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found = None if request.mask is None else valid_positions(request.mask, module, args, kwargs)
+        if found is not None:
+            valid.append(found)
+
     with undisturbed(twin), torch.no_grad(), ExitStack() as stack:
         for trunk in trunks:
             calls = _Calls(trunk)
@@ -194,10 +208,30 @@ def _passed(
                 handle = modules[first].register_forward_pre_hook(enter, with_kwargs=True)
                 stack.callback(handle.remove)
                 stack.callback(modules[name].register_forward_hook(leave).remove)
+        stack.callback(twin.register_forward_pre_hook(masked, with_kwargs=True).remove)
         handle = twin.register_forward_hook(lambda module, args, value: output.append(value))
         stack.callback(handle.remove)
         loss(twin, batch)
-    return ran, output[-1] if output else None
+    return ran, output[-1] if output else None, valid[-1] if valid else None
+
+
+def _valid(
+    request: DepthRequest, found: Tensor | None, stream: list[Tensor], tokens_second: bool
+) -> Tensor | None:
+    if request.mask is None:
+        return None
+    if found is None:
+        raise MeasureError("There is no mask in the forward pass of the loss: leave out mask=.")
+    shape = tuple(stream[-1].shape)
+    valid = found if tokens_second else found.T
+    if len(shape) != 3 or any(h.shape[:2] != valid.shape for h in stream):
+        raise MeasureError(
+            f"The mask [batch, tokens] is {tuple(found.shape)}, and the stream {shape}: which positions "
+            "are padding is not known. Give a batch without padding."
+        )
+    if not bool(valid.any()):
+        raise MeasureError("The mask leaves no position.")
+    return valid
 
 
 def _enter(entered: list[list[Tensor]]) -> Callable[..., None]:
