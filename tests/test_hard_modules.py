@@ -327,15 +327,50 @@ def test_one_empty_micro_batch_takes_no_part() -> None:
         model(batch()[:0]).square().sum().backward()
         square_loss(model, batch(0)).backward()
         optimizer.step()
-    for name, g in expected.param_grad.items():
-        assert g is not None
-        assert_equal(value(scope.record, name, "param_grad"), g)
-    for layer in ("embed", "blocks.1", "head"):
-        word = status(scope.record, layer, "output_grad")
-        if word == "ok":
-            g = expected.output_grad[layer][0]
-            assert g is not None
-            assert_equal(value(scope.record, layer, "output_grad"), g)
+    assert assert_true(scope.record, expected) == 52
+    assert value(scope.record, "head", "activation", "count") == 5 * 4 * 2
+
+
+class Experts(nn.Module):
+    """Each token to one of two experts, both of which are called, be it with no token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        first = flat[:, 0] > self.limit
+        out = torch.zeros_like(flat)
+        for where, expert in zip((first, ~first), self.experts, strict=True):
+            at = where.nonzero()[:, 0]
+            out = out.index_add(0, at, expert(flat[at]))
+        return x + out.unflatten(0, x.shape[:2])
+
+    limit = 0.0
+
+
+def test_an_expert_without_tokens_in_some_micro_batches() -> None:
+    model = stack(Experts(), Experts())
+    optimizer = sgd(model)
+
+    def loss(m: Any, pair: Any) -> Tensor:
+        Experts.limit, x = pair
+        return m(x).square().mean()
+
+    pairs = [(0.0, batch(0)), (math.inf, batch(1)), (0.0, batch(2))]
+    expected = truth(model, pairs[0], pairs[2], loss=loss, layers=["blocks.0.experts.0"])
+    everywhere = truth(model, *pairs, loss=loss, layers=["blocks.0.experts.1", "blocks.1"])
+    with gradscope.watch(model, layers="**") as scope:
+        for pair in pairs:
+            loss(model, pair).backward()
+        optimizer.step()
+    for signal in ("activation", "output_grad"):
+        for t in (expected, everywhere):
+            for layer, (norm,) in getattr(t, signal).items():
+                assert_equal(value(scope.record, layer, signal), norm)
+    mean = value(scope.record, "blocks.0.experts.0", "activation", "tokens")
+    assert mean + value(scope.record, "blocks.0.experts.1", "activation", "tokens") == 3 * 5 * 4
 
 
 def test_outputs_that_are_expanded_or_transposed_views() -> None:
@@ -371,7 +406,9 @@ def test_functional_call_with_other_weights_records_their_values() -> None:
             assert_equal(value(scope.record, layer, signal), norm)
     # No gradient came to the model's own parameters, and none is claimed.
     for name in expected.param_grad:
-        assert status(scope.record, name, "param_grad") == "no gradient path"
+        assert status(scope.record, name, "param_grad") == (
+            "not supported: no backward pass wrote to .grad"
+        )
         assert weights[name].grad is not None
 
 

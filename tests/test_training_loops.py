@@ -356,6 +356,42 @@ def test_training_by_torch_autograd_grad_is_recorded() -> None:
                 p -= 0.1 * g
         scope.step()
     assert_equal(value(scope.record, "blocks.1", "output_grad"), expected.output_grad["blocks.1"][0] or 0)
+    assert status(scope.record, "head.weight", "param_grad") == (
+        "not supported: no backward pass wrote to .grad"
+    )
+
+
+def test_a_head_that_gets_a_gradient_in_some_micro_batches_only() -> None:
+    """Both heads run in each micro-batch, and each task's loss is of one of them."""
+
+    class TwoHeads(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            h = self.embed(x)
+            for block in self.blocks:
+                h = block(h)
+            return self.head(h), self.second(h)
+
+    def loss(m: nn.Module, pair: tuple[int, Tensor]) -> Tensor:
+        return m(pair[1])[pair[0]].square().mean()
+
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    optimizer = sgd(model)
+    pairs = [(0, batch(0)), (1, batch(1))]
+    expected = truth(model, *pairs, loss=loss)
+    with gradscope.watch(model, layers="**") as scope:
+        for pair in pairs:
+            loss(model, pair).backward()
+        optimizer.step()
+    assert assert_true(scope.record, expected, skip=["head", "second"]) == 50
+    for head in ("head", "second"):
+        assert status(scope.record, head, "output_grad") == (
+            "not supported: a gradient in some micro-batches only"
+        )
 
 
 # -- unusual optimizers --------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from gradscope.collect import shards
-from gradscope.collect.merging import COLUMNS, TO_NEXT, Samples, merged, other_successors
+from gradscope.collect.merging import COLUMNS, TO_NEXT, Samples, merged
 from gradscope.collect.parameter_rows import ParameterRows, place_of
 from gradscope.collect.parameters import Parameters, Readings
-from gradscope.collect.passes import LAST, Call, Pass
-from gradscope.collect.places import places_of
+from gradscope.collect.passes import LAST, Call, Pass, Slot
+from gradscope.collect.places import changing_successors, following_in, places_of
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
 from gradscope.record.steps import coded
-from gradscope.statistics import ACTIVATION, GRADIENT, NO_DIRECTION, Values, pool
+from gradscope.statistics import ACTIVATION, EMPTY, GRADIENT, NO_DIRECTION, Values, pool
 
 __all__ = ["Assembler"]
 
@@ -36,6 +36,7 @@ _AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in COLUMN
 _DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
 _FLOATS: Final = {float}
 _SUCCESSORS: Final = "not supported: not the same two positions in every micro-batch"
+_SOMETIMES: Final = "not supported: a gradient in some micro-batches only"
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
 
 
@@ -119,7 +120,7 @@ class Assembler:
             self.reached = settle(p, self.layers) or self.reached
         keys, calls = self._keys(passes)
         value, why = self._samples(keys, calls, passes)
-        apart = np.ix_(_other_successors(keys, passes), TO_NEXT)
+        apart = np.ix_(changing_successors(keys, passes), TO_NEXT)
         why[apart] = np.where(why[apart] == "", _SUCCESSORS, why[apart])
         parameter_value, parameter_why = self._parameter_rows.values(readings)
         if skipped:
@@ -145,7 +146,7 @@ class Assembler:
         held = [shards.copies(entry.tensor(), ranks) for entry in self.parameters.entries]
         following: dict[tuple[int, int], tuple[int, int]] = {}
         for p in passes:
-            following = {**_following(p), **following}
+            following = {**following_in(p), **following}
         copies = np.array([held[i] for i, _, _ in self._parameter_rows.rows], dtype=np.int64)
         return replace(samples, copies=copies, following=following, identity=self.identity)
 
@@ -188,10 +189,9 @@ class Assembler:
         why = np.full((len(keys), len(COLUMNS)), "", dtype=object)
         for k, (site, _) in enumerate(keys):
             done = False
-            for n, call in enumerate(calls[k]):
-                slot = call.primary() if call is not None else None
-                if call is None:
-                    continue
+            parts = _with_elements(calls[k])
+            reached = any(slot is not None and slot.gradient is not None for _, _, slot in parts)
+            for n, call, slot in parts:
                 error = call.error or passes[n].error
                 if slot is None or error:
                     why[k, :] = error or "not supported: no floating-point output"
@@ -222,6 +222,8 @@ class Assembler:
                     if slot.error
                     else "not supported: several backward passes through one forward"
                     if slot.repeated
+                    else _SOMETIMES
+                    if slot.gradient is None and reached
                     else "no gradient path"
                     if slot.gradient is None
                     else ""
@@ -279,22 +281,13 @@ class Assembler:
         return Rows.of(entries), np.asarray(take, dtype=np.int64)
 
 
-def _following(p: Pass) -> dict[tuple[int, int], tuple[int, int]]:
-    """The next stream position of each that has one, in one pass."""
-    return {
-        (here.site, here.index): (after.site, after.index)
-        for state in p.trunks.values()
-        for here, after in pairwise(state.calls)
-    }
+def _with_elements(calls: Sequence[Call | None]) -> list[tuple[int, Call, Slot | None]]:
+    """The calls of the micro-batches with their primary slots; without the empty ones, where not all are.
 
-
-def _other_successors(keys: Sequence[tuple[int, int]], passes: Sequence[Pass]) -> np.ndarray:
-    """[keys]: the positions that some micro-batch has without the next one of another (LayerDrop)."""
-    if len(passes) < 2:
-        return np.zeros(len(keys), dtype=bool)
-    following = [_following(p) for p in passes]
-    called = [{(call.site, call.index) for call in p.calls} for p in passes]
-    return np.array([other_successors(key, following, called) for key in keys], dtype=bool)
+    An expert that no token of a micro-batch went to takes no part in what the others say.
+    """
+    found = [(n, call, call.primary()) for n, call in enumerate(calls) if call is not None]
+    return [x for x in found if x[2] is None or x[2].absent.get(0) != EMPTY] or found
 
 
 def _unscaled(gradient: Values, scale: Tensor | float | None) -> list[float]:

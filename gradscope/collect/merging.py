@@ -7,21 +7,21 @@ the mean of the ranks' losses, so that its gradient at a sample is this rank's d
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 
 from gradscope.collect.passes import PAIR
-from gradscope.collect.places import agreed
+from gradscope.collect.places import agreed, other_successors
 from gradscope.collect.ranks import LOCAL
 from gradscope.collect.shards import UNKNOWN
 from gradscope.record import STATISTICS
 from gradscope.record.steps import coded
 from gradscope.statistics import ACTIVATION, GRADIENT, SLOW_PAIR, pool
 
-__all__ = ["COLUMNS", "TO_NEXT", "Samples", "merged", "other_successors", "packed", "unpacked"]
+__all__ = ["COLUMNS", "TO_NEXT", "Samples", "merged", "packed", "unpacked"]
 
 _A: Final = len(ACTIVATION)
 COLUMNS: Final = tuple(("activation", n) for n in ACTIVATION) + tuple(
@@ -215,23 +215,6 @@ def _of_several(words: list[str]) -> str:
         return left.pop()
     # One token without a direction is one in the whole batch, too.
     return _ZERO if left == {"", _ZERO} else LOCAL
-
-
-def other_successors(
-    key: Key, following: Sequence[Mapping[Key, Key]], called: Sequence[Collection[Key]]
-) -> bool:
-    """Whether a stream position and its next one are not the same two in all parts of a batch.
-
-    Args:
-        key: the position.
-        following: the next position of each, in each part.
-        called: what each part called.
-    """
-    after = {f.get(key) for f, c in zip(following, called, strict=True) if key in c}
-    if len(after) != 1:
-        return len(after) > 1
-    (next_key,) = after
-    return next_key is not None and any(next_key in c and key not in c for c in called)
 
 
 def _other_successors(ranks: Sequence[Samples], keys: list[Key]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Final
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from gradscope.collect.parameters import PARAM_GRAD, UPDATE, WEIGHT, Parameters,
 from gradscope.record import STATISTICS
 
 __all__ = ["ParameterRows", "place_of"]
+
+#: Gradients that `torch.autograd.grad` returns (PCGrad, per-task gradients) are no longer to be had.
+_NOT_WRITTEN: Final = "not supported: no backward pass wrote to .grad"
 
 
 class ParameterRows:
@@ -67,7 +71,7 @@ class ParameterRows:
         scale = 1.0 if readings.scale is None else float(readings.scale)
         no_gradient = np.full(len(elements), "", dtype=object)
         if not readings.gradient:
-            no_gradient[:] = np.where(frozen, "frozen", "no gradient path")
+            no_gradient[:] = np.where(frozen, "frozen", _NOT_WRITTEN)
         for i, reason in readings.absent.items():
             no_gradient[i] = reason
         later = {"l2_at_step": readings.at_step, "weight": readings.weight, "update": readings.update}

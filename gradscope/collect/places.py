@@ -1,17 +1,19 @@
-"""Where on the depth axis the calls of a step were: trunk and depth of each."""
+"""Where on the depth axis the calls of a step were: trunk and depth of each, and which comes next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
+import numpy as np
+
 from gradscope.collect.passes import Pass
 from gradscope.layers import Layer
 
-__all__ = ["agreed", "places_of"]
+__all__ = ["agreed", "changing_successors", "following_in", "other_successors", "places_of"]
 
 Key = tuple[int, int]
 Place = tuple[str, float]
@@ -145,3 +147,41 @@ def _shown(layers: Sequence[Layer], verified: Mapping[int, bool]) -> list[bool]:
     for site, shown in verified.items():
         elsewhere[places[site]] = elsewhere.get(places[site], True) and shown
     return [verified.get(site, elsewhere.get(place, False)) for site, place in enumerate(places)]
+
+
+# -- the next position -----------------------------------------------------------------------------
+
+
+def following_in(p: Pass) -> dict[Key, Key]:
+    """The next stream position of each that has one, in one pass."""
+    return {
+        (here.site, here.index): (after.site, after.index)
+        for state in p.trunks.values()
+        for here, after in pairwise(state.calls)
+    }
+
+
+def changing_successors(keys: Sequence[Key], passes: Sequence[Pass]) -> np.ndarray:
+    """[keys]: the positions that some micro-batch has without the next one of another (LayerDrop)."""
+    if len(passes) < 2:
+        return np.zeros(len(keys), dtype=bool)
+    following = [following_in(p) for p in passes]
+    called = [{(call.site, call.index) for call in p.calls} for p in passes]
+    return np.array([other_successors(key, following, called) for key in keys], dtype=bool)
+
+
+def other_successors(
+    key: Key, following: Sequence[Mapping[Key, Key]], called: Sequence[Collection[Key]]
+) -> bool:
+    """Whether a stream position and its next one are not the same two in all parts of a batch.
+
+    Args:
+        key: the position.
+        following: the next position of each, in each part.
+        called: what each part called.
+    """
+    after = {f.get(key) for f, c in zip(following, called, strict=True) if key in c}
+    if len(after) != 1:
+        return len(after) > 1
+    (next_key,) = after
+    return next_key is not None and any(next_key in c and key not in c for c in called)

@@ -33,11 +33,12 @@ from gradscope.statistics.pairs import (
     pair_kernel,
 )
 from gradscope.statistics.pooling import pool
-from gradscope.statistics.sample import KERNELS, NO_DIRECTION, Absent, Sample, Value, kernel
+from gradscope.statistics.sample import EMPTY, KERNELS, NO_DIRECTION, Absent, Sample, Value, kernel
 
 __all__ = [
     "ACTIVATION",
     "BRANCH",
+    "EMPTY",
     "GRADIENT",
     "KERNELS",
     "NO_DIRECTION",

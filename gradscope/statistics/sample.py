@@ -14,6 +14,7 @@ from gradscope.record import STATISTICS
 from gradscope.statistics import one_pass
 
 __all__ = [
+    "EMPTY",
     "KERNELS",
     "NO_DIRECTION",
     "WIDE",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 Value = float | Tensor
+
+#: Why a tensor without elements has no statistics.
+EMPTY: Final = "not supported: empty tensor"
 
 #: What statistics are computed in: narrower tensors are widened first.
 WIDE: Final = (torch.float32, torch.float64)
@@ -87,7 +91,7 @@ class Sample:
         if x.dtype not in WIDE:
             x = x.float()
         if x.numel() == 0:
-            return Absent("not supported: empty tensor")
+            return Absent(EMPTY)
         if x.dim() < 2:
             return cls(x.reshape(1, -1), -1, token_axis, None, input)
         if valid is not None and token_axis == 0 and x.dim() == 3:
