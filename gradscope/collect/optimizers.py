@@ -84,7 +84,8 @@ class Optimizers:
 
     def begin_step(self, *, recording: bool) -> None:
         """A step begins: parameters may have been replaced since the last one."""
-        self._indexed, self._fresh = self._fresh, False
+        # Where FSDP2 manages them, the shards behind them may have been found since.
+        self._indexed, self._fresh = self._fresh and not self._parameters.sharded, False
         if recording and not self._indexed:
             self._look_again()
 

@@ -67,11 +67,16 @@ class Readings:
 
 
 class Parameters:
-    """The parameters of a model, each once, by clean name."""
+    """The parameters of a model, each once, by clean name.
+
+    Attributes:
+        entries: one for each.
+        sharded: whether FSDP2 manages any.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.entries: list[ParameterEntry] = []
-        self._sharded = False
+        self.sharded = False
         self._places: list[tuple[weakref.ref[nn.Module], str]] = []
         self._tied: list[tuple[weakref.ref[nn.Module], str, int]] = []
         seen: dict[int, int] = {}
@@ -103,7 +108,7 @@ class Parameters:
 
     def tensors(self) -> list[Tensor | None]:
         """All of them as they are now; None where one is gone."""
-        if self._sharded:
+        if self.sharded:
             return [entry.tensor() for entry in self.entries]
         modules = ((reference(), attribute) for reference, attribute in self._places)
         return [None if m is None else _parameter(m, attribute) for m, attribute in modules]
@@ -114,7 +119,7 @@ class Parameters:
         Args:
             index: what `index` gives now.
         """
-        if self._sharded:
+        if self.sharded:
             return False
         if len(index) < len(self.entries) and self._shares():
             return True
@@ -132,9 +137,9 @@ class Parameters:
     def find_shards(self, model: nn.Module) -> None:
         """Look again which parameters FSDP2 manages."""
         shards = fsdp_shards(model)
-        if not shards and not self._sharded:
+        if not shards and not self.sharded:
             return
-        self._sharded = bool(shards)
+        self.sharded = bool(shards)
         for entry in self.entries:
             module = entry.module()
             entry.shard = None if module is None else shards.get((id(module), entry.attribute))
