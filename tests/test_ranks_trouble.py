@@ -281,8 +281,8 @@ def test_a_layer_that_ran_on_one_rank_only(ranks: dict[str, list[Any]]) -> None:
                 for statistic, value in expected.items():
                     got = found[*row, signal, statistic]
                     assert got[1] == "ok" and got[0] == pytest.approx(float(value), rel=1e-9)
-            # Block 0 goes on to block 1 on one rank and to block 2 on the other; of block 1 there is half a
-            # batch, whose product with block 2 would stand beside the norm of all of block 2.
+            # Block 0 goes on to block 1 on one rank and to block 2 on the other; of block 1 there is half
+            # a batch, whose product with block 2 would stand beside the norm of all of block 2.
             pair = found[*row, "activation", "dot_next"]
             assert (pair[1] == "local") == (n in (0, 1))
         gradients = {k: p.grad.norm().item() for k, p in model.named_parameters() if p.grad is not None}
