@@ -211,12 +211,16 @@ def test_what_is_no_longer_finite_without_a_block_is_infinite() -> None:
     assert np.isinf(found.effect[0, 1]) and np.isinf(found.output[0]) and np.isfinite(found.effect[1, 2])
 
 
-def test_tokens_of_padding_are_left_out_by_the_mask() -> None:
+@pytest.mark.parametrize("rest", [[0] * 6, [1, 1, 1, 0, 0, 0]])
+def test_tokens_of_padding_are_left_out_by_the_mask(rest: list[int]) -> None:
     """The net is causal: what a sample has in front of its padding is as if it were alone."""
-    mask = torch.ones(2, 6)
-    mask[1, 4:] = 0
-    found = skip_effects(Net(), X, loss, positions=(2,), mask=mask)
-    each = [skip_effects(Net(), x, loss, positions=(2,)) for x in (X[:1], X[1:, :4])]
+    x = X.flip(0)
+    found = skip_effects(Net(), x, loss, positions=(2,), mask=torch.tensor([rest, [1, 1, 1, 1, 0, 0]]))
+    unmasked = skip_effects(Net(), x, loss, positions=(2,))
+    kept = [part for part in (x[:1, : sum(rest)], x[1:, :4]) if part.numel()]
+    each = [skip_effects(Net(), part, loss, positions=(2,)) for part in kept]
     for name in ("effect", "output", "future", "future_output"):
-        expected = np.maximum(*(getattr(one, name) for one in each))
+        expected = np.max([getattr(one, name) for one in each], 0)
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-12)
+        if not any(rest):
+            assert not np.allclose(getattr(unmasked, name), expected, equal_nan=True), name
