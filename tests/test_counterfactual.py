@@ -300,6 +300,28 @@ def test_a_subtracted_branch() -> None:
     assert skip.loss_change == pytest.approx(expected, rel=1e-10)
 
 
+def test_an_addition_with_a_factor() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(x, torch.tanh(self.inner(x)), alpha=0.3)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Half() for _ in range(2))).double()
+
+    def value(model: Any, batch: Tensor) -> Tensor:
+        return model(batch).pow(3).sum()
+
+    found = gradscope.counterfactual(net, X, value)
+    skip = next(c for c in found.cuts if c.what == "skip")
+    expected = net[1](0.3 * torch.tanh(net[0].inner(X))).pow(3).sum().item() - found.loss
+    assert skip.status == "ok"
+    assert skip.loss_change == pytest.approx(expected, rel=1e-10)
+
+
 def test_the_plots_show_the_arrays() -> None:
     net = Net("pre")
     found = gradscope.counterfactual(net, X, loss, forward=False)

@@ -32,11 +32,13 @@ class Addition:
         number: its place among all of the pass, from 0.
         operands: the first and the second one; a number where no tensor is added.
         in_place: whether it writes into the first.
+        alpha: the factor of the second one.
     """
 
     number: int
     operands: tuple[Any, Any]
     in_place: bool
+    alpha: Any = 1
 
 
 class Additions(TorchFunctionMode):
@@ -68,7 +70,8 @@ class Additions(TorchFunctionMode):
             return func(*args, **kwargs)
         first = args[0] if args else kwargs.pop("input", None)
         second = args[1] if len(args) > 1 else kwargs.pop("other", None)
-        addition = Addition(self.count, (first, second), func.__name__.endswith("_"))
+        in_place, alpha = func.__name__.endswith("_"), kwargs.get("alpha", 1)
+        addition = Addition(self.count, (first, second), in_place, alpha)
         self.count += 1
         operands = self._before(addition) if self._before is not None else None
         first, second = operands or (first, second)

@@ -303,6 +303,7 @@ def _forward(
     def seen(addition: Addition, result: Any) -> None:
         if addition.number == number and not trouble:
             other = addition.operands[1 - place]
+            other = other * addition.alpha if place == 0 else other
             same = torch.equal(result, other.expand_as(result))
             # The second operand may have been subtracted.
             hit.append(same or torch.equal(result, -other.expand_as(result)))
