@@ -395,3 +395,12 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
         depth_by(
             "angular", DepthRequest(model=model, batch=X, loss=summed, mask=lambda args, kwargs: None)
         )
+
+
+@pytest.mark.parametrize("method", ["block_influence", "angular", "residual_cosine"])
+def test_a_position_of_zeros_has_no_direction(method: str) -> None:
+    from hub_models import build
+
+    model, batch = build("deit")  # its class token is 0 before training
+    found = gradscope.effective_depth(model.eval(), batch, method=method)
+    assert math.isnan(found.value) and "exactly 0" in found.status

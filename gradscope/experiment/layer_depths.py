@@ -28,6 +28,7 @@ _CSORDAS: Final = "Csordás et al. 2025, arXiv:2505.13898"
 _TOP: Final = 5
 #: The overlap from which on the lens shows what the model will return.
 _OVERLAP: Final = 0.3
+_ZERO: Final = "a position of the stream, or what is added to it, is exactly 0 or not finite"
 #: How far the branches' outputs may miss what is added to the stream, relative to that, beside rounding.
 _ADDED: Final = 1e-3
 
@@ -131,8 +132,9 @@ def residual_cosine(request: DepthRequest) -> DepthReading:
     cosine = np.asarray(means)
     turns = np.flatnonzero((cosine[:-1] < 0) & (cosine[1:] >= 0)) + 1
     status = "ok" if len(turns) else "the mean cosine never goes from below 0 to 0 or above"
+    status = status if np.isfinite(cosine).all() else _ZERO
     return DepthReading(
-        value=float(turns[-1] + 1) if len(turns) else math.nan,
+        value=float(turns[-1] + 1) if status == "ok" else math.nan,
         most=len(cosine),
         evidence={"cosine": cosine},
         reading_point=f"blocks of {run.trunk.name}",
@@ -244,7 +246,7 @@ def _crossing(
 def _taking_part(weights: npt.NDArray[np.float64], what: str, name: str) -> DepthReading:
     status = "ok"
     if not np.isfinite(weights).all():
-        status = "a position of the stream is exactly 0 or not finite"
+        status = _ZERO
     elif not weights.max() > 0:
         status = "no block turns the stream"
     p = np.maximum(weights, 0.0)
