@@ -64,6 +64,14 @@ def test_each_parameter_has_the_rows_of_its_kind() -> None:
     }
 
 
+def test_a_feed_forward_layer_of_three_times_the_width_is_no_query_key_and_value() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_positions=8, n_inner=24)
+    packed = {e.name for e in Parameters(GPT2LMHeadModel(config)).entries if e.packing is not None}
+    assert packed == {"transformer.h.0.attn.c_attn.weight"}
+
+
 def test_norms_are_divided_by_the_scale_and_counts_are_not() -> None:
     found = read(gradients(scale=2.0))
     assert found["0.weight", "param_grad", "l2"] == (1.5, "")

@@ -94,7 +94,7 @@ class Parameters:
                         owner=owner,
                         attribute=attribute,
                         module=weakref.ref(module),
-                        packing=_packing(module, attribute, parameter),
+                        packing=_packing(owner, module, attribute, parameter),
                     )
                 )
         self._places = [(entry.module, entry.attribute) for entry in self.entries]
@@ -226,10 +226,11 @@ def _parameter(module: nn.Module, attribute: str) -> Tensor | None:
     return held[attribute] if attribute in held else None
 
 
-def _packing(module: nn.Module, attribute: str, parameter: Tensor) -> int | None:
+def _packing(owner: str, module: nn.Module, attribute: str, parameter: Tensor) -> int | None:
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
         return 0
     # transformers' Conv1D keeps [in, out]; GPT-2's c_attn holds query, key and value side by side.
-    if type(module).__name__ == "Conv1D" and attribute == "weight" and parameter.dim() == 2:
+    attention = owner.rpartition(".")[2] == "c_attn"  # and no feed-forward layer of three times the width
+    if attention and type(module).__name__ == "Conv1D" and attribute == "weight" and parameter.dim() == 2:
         return 1 if parameter.shape[1] == 3 * parameter.shape[0] else None
     return None
