@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +59,39 @@ def test_a_digest_depends_on_content_alone():
     assert digest(a) == digest({"x": torch.arange(6).reshape(2, 3), "n": 3})
     assert digest(a)[0] != digest({"x": torch.arange(6).reshape(3, 2), "n": 3})[0]
     assert digest(a)[0] != digest({"x": torch.arange(6).reshape(2, 3), "n": 4})[0]
+    assert digest(a)[0] == digest({"n": 3, "x": torch.arange(6).reshape(2, 3)})[0]
+
+
+class Graph:
+    """As a graph library's batch: its ``repr`` tells shapes alone, and it holds itself."""
+
+    def __init__(self, x: Any) -> None:
+        self.store = {"x": x, "whole": self}
+
+    def __repr__(self) -> str:
+        return "Graph(x=[2000])"
+
+
+@pytest.mark.parametrize(
+    "holding",
+    [lambda x: x, lambda x: {"x": x}, lambda x: [{"y": x}], Graph, lambda x: (Graph([x]), 3)],
+    ids=["bare", "mapping", "nested", "object", "nested object"],
+)
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_one_element_in_the_middle_is_another_batch(holding, kind):
+    """`repr` leaves out the middle of an array of more than 1,000 elements."""
+    a, b = np.zeros(2000), np.zeros(2000)
+    b[1000] = 1
+    assert digest(holding(kind(a))) == digest(holding(kind(a.copy())))
+    assert digest(holding(kind(a)))[0] != digest(holding(kind(b)))[0]
+    assert digest(holding(kind(a)))[1] == "float64 2000"
+
+
+def test_the_order_of_a_set_is_no_content():
+    """A set of words has another order in each process: here in the order of insertion."""
+    a = set(range(0, 80, 8))
+    assert digest({"ids": a})[0] == digest({"ids": set(reversed(sorted(a)))})[0]
+    assert list(a) != list(set(reversed(sorted(a))))
 
 
 def test_tolerances():
