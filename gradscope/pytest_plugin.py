@@ -30,7 +30,10 @@ _FILE: Final = "gradient_baseline_file"
 _SAID: Final = "gradient_baseline"
 #: Folder of a test module's baselines → id → key of all its tests, selected or not.
 _KNOWN: Final = pytest.StashKey[dict[str, dict[str, str]]]()
+#: Baselines that this run has written and nobody has accepted.
+_WRITTEN: Final = pytest.StashKey[set[Path]]()
 _SENT: Final = "gradscope_known"
+_LOOK: Final = "look at it, commit it, and run again."
 _WIDTH: Final = "gradscope_width"
 
 
@@ -121,6 +124,9 @@ class GradientBaseline:
         from gradscope import gate
 
         update = bool(self._config.getoption(_OPTION))
+        written = self._config.stash.setdefault(_WRITTEN, set())
+        if path in written:  # a failed test that another plugin runs again at once
+            pytest.fail(f"This run has written {_shown(path)}: {_LOOK}", pytrace=False)
         old = path.exists() and update and gate.outdated(path)
         outcome = compare() if path.exists() and not old else None
         if outcome is not None and not (outcome.failed and update):
@@ -132,10 +138,11 @@ class GradientBaseline:
         replaced = path.exists()
         summary = take()
         if not update:
+            written.add(path)
             self._node.user_properties.append((_SAID, f"new: {_shown(path)}"))
             pytest.fail(
                 f"There was no gradient baseline; one has been written to {_shown(path)}\n{summary}\n"
-                "Look at it, commit it, and run again.",
+                f"{_LOOK.capitalize()}",
                 pytrace=False,
             )
         before = "" if outcome is None else f"{outcome.text(self._width)}\nreplaced by:\n"

@@ -544,6 +544,15 @@ def test_a_forward_pass_that_draws_random_numbers_is_said(tmp_path):
     outcome = gate.check(gate.take(Dropping, x, mean_square, replicates=5), dropping(0.5), x, mean_square)
     assert outcome.failed and any("in another order" in note for note in outcome.notes), outcome
 
+    def larger() -> nn.Module:
+        model = Dropping()
+        with torch.no_grad():
+            model.layers[2][0].weight.mul_(1.5)  # type: ignore[index]
+        return model
+
+    outcome = gate.check(gate.take(Dropping, x, mean_square, replicates=5), larger, x, mean_square)
+    assert outcome.where == "layers.2" and not outcome.notes, outcome
+
 
 # -- replicates that say nothing ------------------------------------------------------------------
 

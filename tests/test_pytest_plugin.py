@@ -142,6 +142,28 @@ def test_accepting_leaves_a_baseline_that_holds(suite: pytest.Pytester, kept: Pa
     assert kept.read_bytes() == before
 
 
+RERUN = """
+from _pytest.runner import runtestprotocol
+
+def pytest_runtest_protocol(item, nextitem):
+    for _ in range(2):
+        runtestprotocol(item, nextitem=nextitem, log=True)
+        item._initrequest()
+    return True
+"""
+
+
+def test_a_failed_test_that_is_run_again_at_once_does_not_accept_what_it_wrote(
+    suite: pytest.Pytester,
+) -> None:
+    """As pytest-rerunfailures does: on a CI server nobody has looked at a baseline or committed it."""
+    suite.makeconftest(RERUN)
+    run = suite.runpytest_inprocess(*PLUGIN)
+    run.assert_outcomes(failed=2)
+    (suite.path / "conftest.py").unlink()
+    suite.runpytest_inprocess(*PLUGIN).assert_outcomes(passed=1)
+
+
 def test_an_older_baseline_is_replaced_on_demand_alone(suite: pytest.Pytester, kept: Path) -> None:
     whole = kept.read_bytes()
     kept.write_text(json.dumps({"gradscope": "baseline", "schema": 1}), encoding="utf-8")

@@ -58,7 +58,7 @@ def write(baseline: Baseline, path: Path) -> Path:
     temporary = target.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(_text(_document(baseline)), encoding="utf-8")
+        temporary.write_text(_text(_document(baseline)), encoding="utf-8", newline="\n")
         temporary.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
