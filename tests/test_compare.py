@@ -241,6 +241,19 @@ def test_what_cannot_be_compared_is_refused(change: dict[str, object], says: str
         gradscope.compare(base, other)
 
 
+@pytest.mark.parametrize("seed", [0, 100], ids=["paired", "other seeds"])
+def test_replicates_that_are_one_are_no_evidence(seed: int) -> None:
+    """A maker that sets its own seed: a change of .05 nat would be clear in every increment."""
+    base = flat_record(flows(5, 2), header=header(0))
+    once = np.repeat(flows(1, 3), 5, axis=0)
+    one = flat_record(once, header=header(seed))
+    with pytest.raises(QuantityError, match="replicates of the record are one and the same"):
+        gradscope.compare(one, base)
+    with pytest.raises(QuantityError, match="replicates of the baseline are one and the same"):
+        gradscope.compare(base, one)
+    assert gradscope.compare(one, flat_record(once, header=header(seed))).same
+
+
 def test_wrong_tolerances_are_refused() -> None:
     base = flat_record(flows(3, 2), header=header())
     with pytest.raises(ValueError, match="no quantity 'flo'"):

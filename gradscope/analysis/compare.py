@@ -38,6 +38,8 @@ TOLERANCE: Final[Mapping[str, Mapping[str, float]]] = MappingProxyType(
 _LEVEL: Final = 3.0
 #: No spread over replicates is taken to be smaller: nats, what rounding leaves in float32.
 _FLOOR: Final = 1e-4
+#: Nats: replicates that differ by less in every number are the same.
+_SAME: Final = 1e-6
 _PASSES: Final = ("activation", "peak", "flow", "parameter gradient")
 
 
@@ -89,7 +91,8 @@ def compare(
         A `Comparison`.
 
     Raises:
-        QuantityError: no common step, no common trunk, or replicates of another kind.
+        QuantityError: no common step, no common trunk, replicates of another kind, or replicates that are
+            one and the same on one side alone.
         ValueError, TypeError: a tolerance or confidence that is none.
     """
     sides = (as_record(record, "compare"), as_record(baseline, "compare"))
@@ -153,6 +156,17 @@ def compare(
     )
 
 
+def _must_differ(numbers: list[tuple[Feature, Floats, Floats]]) -> None:
+    """Five times the same is no evidence: an initialisation that does not follow the seed is one."""
+    same = [all(float(np.ptp(item[side])) < _SAME for item in numbers) for side in (1, 2)]
+    if same[0] != same[1]:
+        raise QuantityError(
+            f"the replicates of the {'record' if same[0] else 'baseline'} are one and the same, and the "
+            "other side's differ: the function that made the model sets a seed of its own, or loads "
+            "weights. Measure it without, or compare the model on several batches."
+        )
+
+
 def _departures(
     pairs: list[Pair],
     steps: list[int],
@@ -177,6 +191,8 @@ def _departures(
             here += [one for one in every if np.isfinite(one[1]).all() and np.isfinite(one[2]).all()]
             left_out += len(every)
         left_out -= len(here)
+        if here and method != "one run each":
+            _must_differ(here)
         for (feature, run, base), numbers in zip(here, _changes(here, method), strict=True):
             tested.append((step, feature, float(run.mean()), float(base.mean()), *numbers))
     sizes: dict[str, list[float]] = {}

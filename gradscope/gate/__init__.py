@@ -63,7 +63,8 @@ def take(
         The baseline; print it, and save it beside the test.
 
     Raises:
-        GateError: too few replicates, one batch for a given model.
+        GateError: too few replicates, the same one twice, one batch for a given model, or gradients that
+            are no finite number other than 0.
         LayerError: no depth axis in the model.
         MeasureError: a model or loss that cannot be measured (see `gradscope.measure`).
     """
@@ -108,7 +109,8 @@ def check(
         The outcome; ``outcome.failed`` and ``print(outcome)``.
 
     Raises:
-        GateError: a tolerance that is not understood, or a maker where a model was, or the reverse.
+        GateError: a tolerance that is not understood, a maker where a model was, or the reverse, or a
+            maker whose models all start with the same weights, where the baseline's differ.
         LayerError: no depth axis in the model.
         MeasureError: a model or loss that cannot be measured (see `gradscope.measure`).
     """
