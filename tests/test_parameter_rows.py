@@ -91,9 +91,9 @@ def test_what_is_absent_says_why() -> None:
     assert found["0.bias", "weight", "l2"][1] == "not sampled"
 
 
-def test_without_a_reading_there_is_no_gradient_path() -> None:
+def test_without_a_reading_no_backward_pass_wrote_a_gradient() -> None:
     found = read(Readings())
-    assert found["0.weight", "param_grad", "l2"][1] == "no gradient path"
+    assert found["0.weight", "param_grad", "l2"][1] == "not supported: no backward pass wrote to .grad"
     assert found["0.bias", "param_grad", "l2"][1] == "frozen"
     assert found["0.weight", "param_grad", "count"] == (6.0, "")
 
