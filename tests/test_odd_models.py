@@ -458,6 +458,9 @@ def test_empty_batches_are_absent_and_the_next_step_is_exact() -> None:
     record = scope.record
     assert status(record, "blocks.0", "activation", step=0) == "not supported: empty tensor"
     assert status(record, "blocks.0", "output_grad", step=0) == "not supported: empty tensor"
+    for signal in ("activation", "output_grad"):  # an inner product of nothing with nothing is no 0
+        for statistic in ("dot_next", "diff_next_l2"):
+            assert status(record, "blocks.0", signal, statistic, step=0) == "not supported: empty tensor"
     assert value(record, "head.weight", "param_grad", step=0) == 0.0
     assert assert_true(record, expected, step=1) == 52
 

@@ -347,6 +347,8 @@ class Sampler:
                 earlier.absent.update(dict.fromkeys(columns, _NOT_PLAIN))
             elif before.shape != tensor.shape:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: the width changes"))
+            elif not tensor.numel():
+                earlier.absent.update(dict.fromkeys(columns, statistics.EMPTY))
             elif version_of(before) != version:
                 earlier.absent.update(dict.fromkeys(columns, "not supported: modified in place"))
             else:
@@ -433,6 +435,8 @@ class Sampler:
             reason = "not supported: the next position's gradient did not come just before"
         elif held[0].shape != grad.shape:
             reason = "not supported: the width changes"
+        elif not grad.numel():
+            reason = statistics.EMPTY
         elif held[0]._version != held[1]:
             reason = "not supported: modified in place"
         else:
