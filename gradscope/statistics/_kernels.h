@@ -15,11 +15,11 @@
 #include <string.h>
 
 #define LANES 16
-#define ROW_LANES 8
 #define CHUNK ((size_t)1 << 20)   /* so many elements are counted in 32 bits */
 #define RELEASE ((size_t)1 << 16) /* from so many on other threads may run meanwhile */
 #define INFINITY_BITS 0x7f800000
 #define CANCELLATION 1e-7 /* below this share of the mean square a variance is taken about the mean */
+#define LINE 64 /* bytes of a cache line */
 #define AHEAD 4096 /* bytes; an address past the end is no error */
 #define FETCH(x) __builtin_prefetch((const void *)((uintptr_t)(x) + AHEAD))
 
@@ -27,6 +27,12 @@
 #define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VECTOR
+#endif
+
+#ifdef __GNUC__
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
 #endif
 
 typedef uint16_t bf16;
@@ -54,12 +60,9 @@ typedef uint32_t Words __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(64)));
 
-#define EIGHT_f32(x, to)                                         \
-    do {                                                         \
-        Floats floats;                                           \
-        memcpy(&floats, (x), sizeof floats);                     \
-        (to) = __builtin_convertvector(floats, Doubles);         \
-    } while (0)
+/* Written out, GCC loads and converts all eight in one instruction. */
+#define EIGHT_f32(x, to) \
+    ((to) = (Doubles){(x)[0], (x)[1], (x)[2], (x)[3], (x)[4], (x)[5], (x)[6], (x)[7]})
 #define EIGHT_bf16(x, to)                                        \
     do {                                                         \
         Halves halves;                                           \
@@ -68,11 +71,10 @@ typedef double Doubles __attribute__((vector_size(64)));
         (to) = __builtin_convertvector((Floats)words, Doubles);  \
     } while (0)
 
-static inline double total(const Doubles *lanes) {
-    double sum = 0;
-    for (int j = 0; j < LANES / 8; j++)
-        for (int k = 0; k < 8; k++) sum += lanes[j][k];
-    return sum;
+INLINE double total(const Doubles *lanes) {
+    Doubles sum = lanes[0];
+    for (int j = 1; j < LANES / 8; j++) sum += lanes[j];
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
 typedef struct {
@@ -177,78 +179,83 @@ typedef struct {
     }                                                                                                  \
                                                                                                        \
     /* One position: sum of squares, fourth powers, and squares about the mean. */                     \
-    VECTOR static double row_##SUFFIX(const T *x, size_t d, double *fourth, double *within) {          \
-        double squares[ROW_LANES] = {0}, fourths[ROW_LANES] = {0}, sums[ROW_LANES] = {0};              \
+    INLINE double row_##SUFFIX(const T *x, size_t d, double *fourth, double *within) {          \
+        Doubles squares[LANES / 8] = {{0}}, fourths[LANES / 8] = {{0}}, sums[LANES / 8] = {{0}}, value, square; \
+        double length = 0, power = 0, sum = 0;                                                         \
         size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double value = (double)load_##SUFFIX(x + i + k);                                       \
-                double square = value * value;                                                         \
-                squares[k] += square;                                                                  \
-                fourths[k] += square * square;                                                         \
-                sums[k] += value;                                                                      \
+        for (; i + LANES <= d; i += LANES)                                                             \
+            for (int j = 0; j < LANES / 8; j++) {                                                      \
+                EIGHT_##SUFFIX(x + i + 8 * j, value);                                                  \
+                square = value * value;                                                                \
+                squares[j] += square;                                                                  \
+                fourths[j] += square * square;                                                         \
+                sums[j] += value;                                                                      \
             }                                                                                          \
         for (; i < d; i++) {                                                                           \
-            double value = (double)load_##SUFFIX(x + i);                                               \
-            double square = value * value;                                                             \
-            squares[0] += square;                                                                      \
-            fourths[0] += square * square;                                                             \
-            sums[0] += value;                                                                          \
+            double one = (double)load_##SUFFIX(x + i);                                                 \
+            length += one * one;                                                                       \
+            power += one * one * (one * one);                                                          \
+            sum += one;                                                                                \
         }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) {                                                          \
-            squares[0] += squares[k];                                                                  \
-            fourths[0] += fourths[k];                                                                  \
-            sums[0] += sums[k];                                                                        \
-        }                                                                                              \
-        *fourth += fourths[0];                                                                         \
-        *within += squares[0] - sums[0] * sums[0] / (double)d;                                         \
-        return squares[0];                                                                             \
+        length += total(squares);                                                                      \
+        sum += total(sums);                                                                            \
+        *fourth += power + total(fourths);                                                             \
+        *within += length - sum * sum / (double)d;                                                     \
+        return length;                                                                                 \
     }                                                                                                  \
                                                                                                        \
-    VECTOR static double product_##SUFFIX(const T *x, const T *y, size_t d) {                          \
-        double lanes[ROW_LANES] = {0};                                                                 \
+    INLINE double product_##SUFFIX(const T *x, const T *y, size_t d) {                          \
+        Doubles lanes[LANES / 8] = {{0}}, a, b;                                                        \
+        double rest = 0;                                                                               \
         size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++)                                                        \
-                lanes[k] += (double)load_##SUFFIX(x + i + k) * (double)load_##SUFFIX(y + i + k);       \
-        for (; i < d; i++) lanes[0] += (double)load_##SUFFIX(x + i) * (double)load_##SUFFIX(y + i);    \
-        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
-        return lanes[0];                                                                               \
+        for (; i + LANES <= d; i += LANES)                                                             \
+            for (int j = 0; j < LANES / 8; j++) {                                                      \
+                EIGHT_##SUFFIX(x + i + 8 * j, a);                                                      \
+                EIGHT_##SUFFIX(y + i + 8 * j, b);                                                      \
+                lanes[j] += a * b;                                                                     \
+            }                                                                                          \
+        for (; i < d; i++) rest += (double)load_##SUFFIX(x + i) * (double)load_##SUFFIX(y + i);        \
+        return rest + total(lanes);                                                                    \
     }                                                                                                  \
                                                                                                        \
     /* Adds a token to its sequence: its direction, and its difference to the first token. */          \
-    VECTOR static double token_##SUFFIX(const T *x, const T *first, size_t d, double inverse,          \
+    INLINE double token_##SUFFIX(const T *x, const T *first, size_t d, double inverse,          \
                                         double *direction, double *sum) {                              \
-        double lanes[ROW_LANES] = {0};                                                                 \
+        Doubles lanes[LANES / 8] = {{0}}, value, less, held;                                           \
+        double rest = 0;                                                                               \
         size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double value = (double)load_##SUFFIX(x + i + k);                                       \
-                double less = value - (double)load_##SUFFIX(first + i + k);                            \
-                direction[i + k] += value * inverse;                                                   \
-                sum[i + k] += less;                                                                    \
-                lanes[k] += less * less;                                                               \
+        for (; i + LANES <= d; i += LANES)                                                             \
+            for (int j = 0; j < LANES / 8; j++) {                                                      \
+                EIGHT_##SUFFIX(x + i + 8 * j, value);                                                  \
+                EIGHT_##SUFFIX(first + i + 8 * j, less);                                               \
+                less = value - less;                                                                   \
+                memcpy(&held, direction + i + 8 * j, sizeof held);                                     \
+                held += value * inverse;                                                               \
+                memcpy(direction + i + 8 * j, &held, sizeof held);                                     \
+                memcpy(&held, sum + i + 8 * j, sizeof held);                                           \
+                held += less;                                                                          \
+                memcpy(sum + i + 8 * j, &held, sizeof held);                                           \
+                lanes[j] += less * less;                                                               \
             }                                                                                          \
         for (; i < d; i++) {                                                                           \
-            double value = (double)load_##SUFFIX(x + i);                                               \
-            double less = value - (double)load_##SUFFIX(first + i);                                    \
-            direction[i] += value * inverse;                                                           \
-            sum[i] += less;                                                                            \
-            lanes[0] += less * less;                                                                   \
+            double one = (double)load_##SUFFIX(x + i);                                                 \
+            double other = one - (double)load_##SUFFIX(first + i);                                     \
+            direction[i] += one * inverse;                                                             \
+            sum[i] += other;                                                                           \
+            rest += other * other;                                                                     \
         }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
-        return lanes[0];                                                                               \
+        return rest + total(lanes);                                                                    \
     }                                                                                                  \
                                                                                                        \
     /* [sequences, tokens, d]; token t of sequence b is row b * by_sequence + t * by_token. */         \
-    static void rows_##SUFFIX(const T *x, const T *input, size_t sequences, size_t tokens, size_t d,   \
+    VECTOR static void rows_##SUFFIX(const T *x, const T *input, size_t sequences, size_t tokens, size_t d,   \
                               size_t by_sequence, size_t by_token, double *scratch, Rows *out) {       \
         double *direction = scratch, *sum = scratch + d;                                               \
         memset(out, 0, sizeof *out);                                                                   \
         for (size_t b = 0; b < sequences; b++) {                                                       \
             const T *first = x + b * by_sequence * d;                                                  \
             double apart = 0, total = 0, mean = 0;                                                     \
-            memset(scratch, 0, 2 * d * sizeof *scratch);                                               \
+            if (tokens > 1) memset(scratch, 0, 2 * d * sizeof *scratch);                               \
             for (size_t t = 0; t < tokens; t++) {                                                      \
                 size_t at = (b * by_sequence + t * by_token) * d;                                      \
                 double squares = row_##SUFFIX(x + at, d, &out->fourth, &out->within);                  \
@@ -257,11 +264,12 @@ typedef struct {
                 if (tokens > 1)                                                                        \
                     apart += token_##SUFFIX(x + at, first, d, 1 / length, direction, sum);             \
                 if (input) {                                                                           \
-                    double own = squares_##SUFFIX(input + at, d);                                      \
+                    double own = product_##SUFFIX(input + at, input + at, d);                                      \
                     out->zero_input += own == 0;                                                       \
                     out->input += product_##SUFFIX(x + at, input + at, d) / (length * sqrt(own));      \
                 }                                                                                      \
             }                                                                                          \
+            if (tokens == 1) continue; /* one alone is its own mean */                                 \
             for (size_t i = 0; i < d; i++) {                                                           \
                 total += direction[i] * direction[i];                                                  \
                 mean += sum[i] * sum[i];                                                               \
@@ -294,61 +302,57 @@ typedef struct {
     }                                                                                                  \
                                                                                                        \
     /* |h|^2, |h'|^2, |F|^2, <F, h> of one position, F = h' - h or (a branch) what was given. */       \
-    VECTOR static void change_##SUFFIX(const T *h, const T *y, size_t d, double branch,                \
+    INLINE void change_##SUFFIX(const T *h, const T *y, size_t d, double branch,                \
                                        double out[4]) {                                                \
-        double here[ROW_LANES] = {0}, next[ROW_LANES] = {0}, change[ROW_LANES] = {0},                  \
-               product[ROW_LANES] = {0};                                                               \
+        Doubles here[LANES / 8] = {{0}}, next[LANES / 8] = {{0}}, change[LANES / 8] = {{0}},           \
+                product[LANES / 8] = {{0}}, a, b, f;                                                   \
+        double rest[4] = {0}, keep = branch ? 0.0 : 1.0;                                               \
         size_t i = 0;                                                                                  \
-        double keep = branch ? 0.0 : 1.0;                                                              \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double a = (double)load_##SUFFIX(h + i + k), b = (double)load_##SUFFIX(y + i + k);     \
-                double f = b - keep * a;                                                               \
-                here[k] += a * a;                                                                      \
-                next[k] += b * b;                                                                      \
-                change[k] += f * f;                                                                    \
-                product[k] += f * a;                                                                   \
+        for (; i + LANES <= d; i += LANES)                                                             \
+            for (int j = 0; j < LANES / 8; j++) {                                                      \
+                EIGHT_##SUFFIX(h + i + 8 * j, a);                                                      \
+                EIGHT_##SUFFIX(y + i + 8 * j, b);                                                      \
+                f = b - keep * a;                                                                      \
+                here[j] += a * a;                                                                      \
+                next[j] += b * b;                                                                      \
+                change[j] += f * f;                                                                    \
+                product[j] += f * a;                                                                   \
             }                                                                                          \
         for (; i < d; i++) {                                                                           \
-            double a = (double)load_##SUFFIX(h + i), b = (double)load_##SUFFIX(y + i);                 \
-            double f = b - keep * a;                                                                   \
-            here[0] += a * a;                                                                          \
-            next[0] += b * b;                                                                          \
-            change[0] += f * f;                                                                        \
-            product[0] += f * a;                                                                       \
+            double own = (double)load_##SUFFIX(h + i), other = (double)load_##SUFFIX(y + i);           \
+            double moved = other - keep * own;                                                         \
+            rest[0] += own * own;                                                                      \
+            rest[1] += other * other;                                                                  \
+            rest[2] += moved * moved;                                                                  \
+            rest[3] += moved * own;                                                                    \
         }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) {                                                          \
-            here[0] += here[k];                                                                        \
-            next[0] += next[k];                                                                        \
-            change[0] += change[k];                                                                    \
-            product[0] += product[k];                                                                  \
-        }                                                                                              \
-        out[0] = here[0];                                                                              \
-        out[1] = next[0];                                                                              \
-        out[2] = change[0];                                                                            \
-        out[3] = product[0];                                                                           \
+        out[0] = rest[0] + total(here);                                                                \
+        out[1] = rest[1] + total(next);                                                                \
+        out[2] = rest[2] + total(change);                                                              \
+        out[3] = rest[3] + total(product);                                                             \
     }                                                                                                  \
                                                                                                        \
     /* |F - p h|^2 of one position. */                                                                 \
-    VECTOR static double across_##SUFFIX(const T *h, const T *y, size_t d, double keep, double p) {    \
-        double lanes[ROW_LANES] = {0};                                                                 \
+    INLINE double across_##SUFFIX(const T *h, const T *y, size_t d, double keep, double p) {    \
+        Doubles lanes[LANES / 8] = {{0}}, a, left;                                                     \
+        double rest = 0;                                                                               \
         size_t i = 0;                                                                                  \
-        for (; i + ROW_LANES <= d; i += ROW_LANES)                                                     \
-            for (int k = 0; k < ROW_LANES; k++) {                                                      \
-                double a = (double)load_##SUFFIX(h + i + k);                                           \
-                double left = (double)load_##SUFFIX(y + i + k) - keep * a - p * a;                     \
-                lanes[k] += left * left;                                                               \
+        for (; i + LANES <= d; i += LANES)                                                             \
+            for (int j = 0; j < LANES / 8; j++) {                                                      \
+                EIGHT_##SUFFIX(h + i + 8 * j, a);                                                      \
+                EIGHT_##SUFFIX(y + i + 8 * j, left);                                                   \
+                left = left - keep * a - p * a;                                                        \
+                lanes[j] += left * left;                                                               \
             }                                                                                          \
         for (; i < d; i++) {                                                                           \
-            double a = (double)load_##SUFFIX(h + i);                                                   \
-            double left = (double)load_##SUFFIX(y + i) - keep * a - p * a;                             \
-            lanes[0] += left * left;                                                                   \
+            double own = (double)load_##SUFFIX(h + i);                                                 \
+            double one = (double)load_##SUFFIX(y + i) - keep * own - p * own;                          \
+            rest += one * one;                                                                         \
         }                                                                                              \
-        for (int k = 1; k < ROW_LANES; k++) lanes[0] += lanes[k];                                      \
-        return lanes[0];                                                                               \
+        return rest + total(lanes);                                                                    \
     }                                                                                                  \
                                                                                                        \
-    static void pair_rows_##SUFFIX(const T *h, const T *y, size_t rows, size_t d, int branch,          \
+    VECTOR static void pair_rows_##SUFFIX(const T *h, const T *y, size_t rows, size_t d, int branch,          \
                                    PairRows *out) {                                                    \
         memset(out, 0, sizeof *out);                                                                   \
         for (size_t r = 0; r < rows; r++) {                                                            \

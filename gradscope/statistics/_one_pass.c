@@ -77,12 +77,14 @@ static PyObject *rows(PyObject *self, PyObject *const *args, Py_ssize_t given) {
     size_t a[8];
     Rows r;
     if (addresses(args, given, 8, a)) return NULL;
-    double *scratch = malloc(2 * a[5] * sizeof *scratch);
-    if (!scratch) return PyErr_NoMemory();
+    /* On a cache line of its own: a store across two lines costs twice. */
+    void *memory = malloc(2 * a[5] * sizeof(double) + LINE);
+    if (!memory) return PyErr_NoMemory();
+    double *scratch = (double *)(((uintptr_t)memory + LINE - 1) / LINE * LINE);
     RUN(a[2], a[3] * a[4] * a[5],
         rows_f32((const float *)a[0], (const float *)a[1], a[3], a[4], a[5], a[6], a[7], scratch, &r),
         rows_bf16((const bf16 *)a[0], (const bf16 *)a[1], a[3], a[4], a[5], a[6], a[7], scratch, &r));
-    free(scratch);
+    free(memory);
     return Py_BuildValue("(dddddLL)", r.fourth, r.within, r.direction, r.centred, r.input,
                          (long long)r.zero, (long long)r.zero_input);
 }
