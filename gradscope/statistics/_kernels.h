@@ -57,18 +57,16 @@ static inline float load_bf16(const bf16 *x) {
 /* Eight elements, in float64. */
 typedef float Floats __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(64)));
 
-/* Written out, GCC loads and converts all eight in one instruction. */
-#define EIGHT_f32(x, to) \
-    ((to) = (Doubles){(x)[0], (x)[1], (x)[2], (x)[3], (x)[4], (x)[5], (x)[6], (x)[7]})
-#define EIGHT_bf16(x, to)                                        \
-    do {                                                         \
-        Halves halves;                                           \
-        memcpy(&halves, (x), sizeof halves);                     \
-        Words words = __builtin_convertvector(halves, Words) << 16; \
-        (to) = __builtin_convertvector((Floats)words, Doubles);  \
+/* Written out, GCC loads and converts all eight in one instruction each. */
+#define ALL(x) {(x)[0], (x)[1], (x)[2], (x)[3], (x)[4], (x)[5], (x)[6], (x)[7]}
+#define EIGHT_f32(x, to) ((to) = (Doubles)ALL(x))
+#define EIGHT_bf16(x, to)                   \
+    do {                                    \
+        Words words = (Words)ALL(x) << 16;  \
+        Floats floats = (Floats)words;      \
+        (to) = (Doubles)ALL(floats);        \
     } while (0)
 
 INLINE double total(const Doubles *lanes) {
