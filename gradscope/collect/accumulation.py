@@ -8,13 +8,14 @@ loss in adversarial training) are no longer part of one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from gradscope import statistics
-from gradscope.collect.parameters import Parameters
+from gradscope.collect.parameters import Held, Parameters
 from gradscope.collect.shards import local
 
 __all__ = ["Accumulation"]
@@ -38,11 +39,11 @@ class Accumulation:
 
     def begin(self) -> None:
         """A backward pass begins."""
-        self._begin = self._marks()
+        self._begin = _marks(self._parameters.held().gradients)
 
-    def end(self) -> bool:
-        """A backward pass has ended; whether it wrote to any ``.grad``."""
-        self._end = self._marks()
+    def end(self, held: Held) -> bool:
+        """A backward pass has ended and left this; whether it wrote to any ``.grad``."""
+        self._end = _marks(held.gradients)
         self._witness = next((i for i in self._by_size if self._is_left(i)), None)
         return self._end != self._begin
 
@@ -53,7 +54,7 @@ class Accumulation:
             # Not by the number of writes: what is written to ``.grad.data`` is not counted.
             return not self._is_left(self._witness) and not any(map(self._is_left, left))
         # All were exactly zero. Only of a gradient that was written to since it is known that it is new.
-        marks = self._marks()
+        marks = _marks(self._parameters.held().gradients)
         return bool(left) and not any(marks[i] is not None and marks[i] == self._end[i] for i in left)
 
     def _is_left(self, number: int) -> bool:
@@ -62,9 +63,15 @@ class Accumulation:
         gradient = None if parameter is None else parameter.grad
         return gradient is not None and bool(statistics.norms([local(gradient)])[0] != 0)
 
-    def _marks(self) -> list[Mark | None]:
-        gradients = [None if p is None else p.grad for p in self._parameters.tensors()]
-        return [None if gradient is None else _mark(gradient) for gradient in gradients]
+
+def _marks(gradients: Sequence[Tensor | None]) -> list[Mark | None]:
+    try:
+        return [
+            None if g is None else (id(g), g._version) if type(g) is Tensor else _mark(g)
+            for g in gradients
+        ]
+    except RuntimeError:
+        return [None if g is None else _mark(g) for g in gradients]
 
 
 def _mark(gradient: Tensor) -> Mark:

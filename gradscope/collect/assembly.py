@@ -18,7 +18,7 @@ from gradscope.collect.merging import COLUMNS, TO_NEXT, Samples, merged
 from gradscope.collect.parameter_rows import ParameterRows, place_of
 from gradscope.collect.parameters import Parameters, Readings
 from gradscope.collect.passes import LAST, Call, Pass, Slot
-from gradscope.collect.places import changing_successors, following_in, places_of
+from gradscope.collect.places import Places, changing_successors, following_in, places_of
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
@@ -71,6 +71,7 @@ class Assembler:
     _signature: Any = None
     _rows: Rows | None = None
     _take: np.ndarray | None = None
+    _laid_out: tuple[Any, list[tuple[int, int]], Places] | None = None
     _kept: list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]] = field(default_factory=list)
     _parameter_rows: ParameterRows = field(init=False)
 
@@ -118,8 +119,8 @@ class Assembler:
         _to_host(passes, readings)
         for p in passes:
             self.reached = settle(p, self.layers) or self.reached
-        keys, calls = self._keys(passes)
-        value, why = self._samples(keys, calls, passes)
+        keys, places = self._layout(passes)
+        value, why = self._samples(keys, passes)
         apart = np.ix_(changing_successors(keys, passes), TO_NEXT)
         why[apart] = np.where(why[apart] == "", _SUCCESSORS, why[apart])
         parameter_value, parameter_why = self._parameter_rows.values(readings)
@@ -130,7 +131,7 @@ class Assembler:
         losses = [float(p.loss) for p in passes if p.loss is not None]
         return Samples(
             keys=keys,
-            places=places_of(passes, self.layers, self.trunks, self.verified),
+            places=places,
             value=value,
             why=why,
             parameter_value=parameter_value,
@@ -166,30 +167,44 @@ class Assembler:
 
     # -- layers --------------------------------------------------------------------------------
 
-    def _keys(self, passes: Sequence[Pass]) -> tuple[list[tuple[int, int]], list[list[Call | None]]]:
-        """(site, call) pairs in row order, and for each the call in every pass."""
-        found: dict[tuple[int, int], list[Call | None]] = {}
+    def _layout(self, passes: Sequence[Pass]) -> tuple[list[tuple[int, int]], Places]:
+        """The (site, call) pairs in row order, and their places; most steps have those of the last."""
+        # Lists of numbers: a tuple for each call would have the garbage collector look at all of them.
+        calls = [x for p in passes for c in p.calls for x in (c.site, c.index, c.block_call)]
+        trunks = [(t, state.calls) for p in passes for t, state in p.trunks.items()]
+        stream = [x for _, of_trunk in trunks for c in of_trunk for x in (c.site, c.index)]
+        names = [(t, len(of_trunk)) for t, of_trunk in trunks]
+        sizes = [(len(p.calls), len(p.trunks)) for p in passes]
+        shape = (calls, stream, names, sizes, [dict(p.counts) for p in passes], dict(self.verified))
+        if self._laid_out is None or self._laid_out[0] != shape:
+            places = places_of(passes, self.layers, self.trunks, self.verified)
+            self._laid_out = (shape, self._keys(passes), places)
+        return self._laid_out[1:]
+
+    def _keys(self, passes: Sequence[Pass]) -> list[tuple[int, int]]:
+        """(site, call) pairs in row order."""
+        keys: list[tuple[int, int]] = []
         for t in range(len(self.trunks)):
             if any(p.trunks.get(self.trunks[t]) for p in passes):
-                found[-1 - t, 0] = [None] * len(passes)
-        counts = [max((p.counts.get(s, 0) for p in passes), default=0) for s in range(len(self.layers))]
-        for site, count in enumerate(counts):
-            for index in range(max(count, 1)):
-                found[site, index] = [None] * len(passes)
-        for n, p in enumerate(passes):
-            for call in p.calls:
-                found[call.site, call.index][n] = call
-        return list(found), list(found.values())
+                keys.append((-1 - t, 0))
+        for site in range(len(self.layers)):
+            count = max((p.counts.get(site, 0) for p in passes), default=0)
+            keys += [(site, index) for index in range(max(count, 1))]
+        return keys
 
     def _samples(
-        self, keys: list[tuple[int, int]], calls: list[list[Call | None]], passes: Sequence[Pass]
+        self, keys: list[tuple[int, int]], passes: Sequence[Pass]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Values [keys, columns] and statuses ("" for ok) of the same shape."""
         value = np.full((len(passes), len(keys), len(COLUMNS)), np.nan)
         why = np.full((len(keys), len(COLUMNS)), "", dtype=object)
-        for k, (site, _) in enumerate(keys):
+        calls: dict[tuple[int, int], list[Call | None]] = {key: [None] * len(passes) for key in keys}
+        for n, p in enumerate(passes):
+            for call in p.calls:
+                calls[call.site, call.index][n] = call
+        for k, ((site, _), of_key) in enumerate(calls.items()):
             done = False
-            parts = _with_elements(calls[k])
+            parts = _with_elements(of_key)
             reached = any(slot is not None and slot.gradient is not None for _, _, slot in parts)
             for n, call, slot in parts:
                 error = call.error or passes[n].error

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradscope.collect import engine
-from gradscope.collect.parameters import Parameters, Readings
+from gradscope.collect.parameters import Held, Parameters, Readings
 from gradscope.collect.shards import local
 from gradscope.collect.tensors import version_of
 from gradscope.statistics import Value
@@ -276,10 +276,10 @@ class Optimizers:
             if n not in readings.absent:
                 self._early[i] = {column: values[n] for column, values in readings.gradient.items()}
 
-    def read_gradients(self, scale: Tensor | float | None) -> None:
+    def read_gradients(self, scale: Tensor | float | None, held: Held) -> None:
         """Read all ``.grad`` at the end of a backward pass of a loss that was scaled so."""
         previous = self.readings
-        readings = self.readings = self._parameters.read_gradients(scale)
+        readings = self.readings = self._parameters.read_gradients(scale, held)
         if previous is not None:
             readings.at_step, readings.weight = previous.at_step, previous.weight
             readings.update = previous.update

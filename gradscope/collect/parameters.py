@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from gradscope.layers import named_layers
 from gradscope.record import STATISTICS
 from gradscope.statistics import Absent, Value
 
-__all__ = ["PARAM_GRAD", "UPDATE", "WEIGHT", "ParameterEntry", "Parameters"]
+__all__ = ["PARAM_GRAD", "UPDATE", "WEIGHT", "Held", "ParameterEntry", "Parameters"]
 
 PARAM_GRAD: Final = tuple(n for n, s in STATISTICS.items() if "param_grad" in s.signals)
 WEIGHT: Final = tuple(n for n, s in STATISTICS.items() if "weight" in s.signals)
@@ -66,6 +66,16 @@ class Readings:
     scale: float | Tensor | None = None
 
 
+class Held(NamedTuple):
+    """All parameters as they are at one moment, and their ``.grad``; None where there is none.
+
+    For use at once: whoever keeps it keeps the tensors.
+    """
+
+    parameters: list[Tensor | None]
+    gradients: list[Tensor | None]
+
+
 class Parameters:
     """The parameters of a model, each once, by clean name.
 
@@ -77,7 +87,6 @@ class Parameters:
     def __init__(self, model: nn.Module) -> None:
         self.entries: list[ParameterEntry] = []
         self.sharded = False
-        self._places: list[tuple[weakref.ref[nn.Module], str]] = []
         self._tied: list[tuple[weakref.ref[nn.Module], str, int]] = []
         seen: dict[int, int] = {}
         for owner, module in named_layers(model).items():
@@ -97,13 +106,17 @@ class Parameters:
                         packing=_packing(owner, module, attribute, parameter),
                     )
                 )
+        self._look_up()
+
+    def _look_up(self) -> None:
         self._places = [(entry.module, entry.attribute) for entry in self.entries]
+        self._packed = [i for i, entry in enumerate(self.entries) if entry.packing is not None]
 
     def part(self, indices: list[int]) -> Parameters:
         """Some of them, in this order."""
         found = copy.copy(self)
         found.entries = [self.entries[i] for i in indices]
-        found._places = [self._places[i] for i in indices]
+        found._look_up()
         return found
 
     def tensors(self) -> list[Tensor | None]:
@@ -112,6 +125,11 @@ class Parameters:
             return [entry.tensor() for entry in self.entries]
         modules = ((reference(), attribute) for reference, attribute in self._places)
         return [None if m is None else _parameter(m, attribute) for m, attribute in modules]
+
+    def held(self) -> Held:
+        """All of them as they are now, with their gradients."""
+        tensors = self.tensors()
+        return Held(tensors, [None if p is None else p.grad for p in tensors])
 
     def retied(self, index: Mapping[int, int]) -> bool:
         """Whether two parameters have become one since, or one has become two.
@@ -149,41 +167,42 @@ class Parameters:
         tensors = self.tensors()
         return dict(zip(map(id, tensors), range(len(tensors)), strict=True))
 
-    def read_gradients(self, scale: float | Tensor | None) -> Readings:
-        """The norms of all ``.grad`` as they are now, or why there is none; of shards, this rank's."""
+    def read_gradients(self, scale: float | Tensor | None, held: Held | None = None) -> Readings:
+        """The norms of all ``.grad`` as they are now, or why there is none; of shards, this rank's.
+
+        Args:
+            scale: what the loss was scaled by.
+            held: what they are now, where somebody has just looked.
+        """
+        parameters, whole = self.held() if held is None else held
         readings = Readings(scale=scale)
-        values: dict[str, list[Any]] = {name: [math.nan] * len(self.entries) for name in PARAM_GRAD}
-        elements, norms, bad = values["count"], values["l2"], values["nonfinite"]
-        present: list[int] = []
-        whole: list[Tensor] = []
-        for i, parameter in enumerate(self.tensors()):
-            if parameter is None:
-                readings.absent[i] = "not called"
-                continue
-            elements[i] = float(parameter.numel())
-            gradient = parameter.grad
-            if not parameter.requires_grad:
-                readings.absent[i] = "frozen"
-            elif gradient is None:
-                readings.absent[i] = "no gradient path"
-            else:
-                present.append(i)
-                whole.append(gradient)
-        gradients = [local(gradient) for gradient in whole]
+        values: dict[str, list[Any]] = {name: [math.nan] * len(parameters) for name in PARAM_GRAD}
         readings.gradient = values
-        for i, gradient, norm in zip(present, gradients, statistics.norms(gradients), strict=True):
+        values["count"] = [math.nan if p is None else float(p.numel()) for p in parameters]
+        present: list[int] = []
+        for i, (parameter, gradient) in enumerate(zip(parameters, whole, strict=True)):
+            if gradient is not None and parameter is not None and parameter.requires_grad:
+                present.append(i)
+            elif parameter is None:
+                readings.absent[i] = "not called"
+            else:
+                readings.absent[i] = "no gradient path" if parameter.requires_grad else "frozen"
+        gradients = {i: local(gradient) for i in present if (gradient := whole[i]) is not None}
+        norms, bad = values["l2"], values["nonfinite"]
+        for i, norm in zip(present, statistics.norms([*gradients.values()]), strict=True):
             norms[i] = norm
             if type(norm) is float and math.isfinite(norm):
                 bad[i] = 0.0
             else:
-                count = statistics.nonfinite(gradient, norm)
+                count = statistics.nonfinite(gradients[i], norm)
                 bad[i] = math.nan if isinstance(count, Absent) else count
-        for n, i in enumerate(present):
-            packing = self.entries[i].packing
-            if packing is not None and gradients[n].layout == torch.strided:
-                parts = statistics.norms(thirds(whole[n], packing))
-                for name, part in zip(_THIRDS, parts, strict=True):
-                    values[name][i] = part
+        for i in self._packed:
+            packing, gradient = self.entries[i].packing, whole[i]
+            if gradient is not None and packing is not None and i in gradients:
+                if gradients[i].layout == torch.strided:
+                    parts = statistics.norms(thirds(gradient, packing))
+                    for name, part in zip(_THIRDS, parts, strict=True):
+                        values[name][i] = part
         return readings
 
     def norms(self, indices: list[int], *, gradient: bool = False) -> dict[int, Value]:

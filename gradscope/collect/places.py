@@ -13,10 +13,11 @@ import numpy as np
 from gradscope.collect.passes import Pass
 from gradscope.layers import Layer
 
-__all__ = ["agreed", "changing_successors", "following_in", "other_successors", "places_of"]
+__all__ = ["Places", "agreed", "changing_successors", "following_in", "other_successors", "places_of"]
 
 Key = tuple[int, int]
 Place = tuple[str, float]
+Places = dict[Key, Place]
 
 _NOWHERE: Final = ("", math.nan)
 

@@ -475,10 +475,11 @@ class Recorder:
             self._step.newest = None
         model = self._model()
         unreduced = model is not None and shards.unreduced(model)
-        if self._accumulation.end() or self._optimizers.stepped_early or unreduced:
+        held = self._assembler.parameters.held()
+        if self._accumulation.end(held) or self._optimizers.stepped_early or unreduced:
             for p in mine:
                 p.accumulated = True
-            self._optimizers.read_gradients(mine[-1].scale)
+            self._optimizers.read_gradients(mine[-1].scale, held)
         if self._optimizers.seen or self._explicit:
             return
         if self._asked:
