@@ -21,8 +21,9 @@ from gradscope.collect.shards import local
 __all__ = ["Accumulation"]
 
 _NO_VERSION: Final = -1
-# The gradient tensor's identity and the number of writes to it.
-Mark = tuple[int, int]
+# For each parameter the gradient's identity, and the number of writes to it. Two lists of numbers: a
+# thousand tuples in every step would have the garbage collector run.
+Marks = tuple[list[int | None], list[int | None]]
 
 
 class Accumulation:
@@ -30,8 +31,8 @@ class Accumulation:
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
-        self._begin: list[Mark | None] = []
-        self._end: list[Mark | None] = []
+        self._begin: Marks = [], []
+        self._end: Marks = [], []
         # One gradient that is not exactly zero, a small one, whose norm costs nothing.
         self._witness: int | None = None
         sizes = [0 if p is None or is_lazy(p) else p.numel() for p in parameters.tensors()]
@@ -49,13 +50,13 @@ class Accumulation:
 
     def cleared(self) -> bool:
         """Whether all gradients that the last backward pass left are gone: None, or exactly zero."""
-        left = [i for i, mark in enumerate(self._end) if mark is not None]
+        left = [i for i, mark in enumerate(self._end[0]) if mark is not None]
         if self._witness is not None:
             # Not by the number of writes: what is written to ``.grad.data`` is not counted.
             return not self._is_left(self._witness) and not any(map(self._is_left, left))
         # All were exactly zero. Only of a gradient that was written to since it is known that it is new.
-        marks = _marks(self._parameters.held().gradients)
-        return bool(left) and not any(marks[i] is not None and marks[i] == self._end[i] for i in left)
+        (was, written), (now, rewritten) = self._end, _marks(self._parameters.held().gradients)
+        return bool(left) and not any(was[i] == now[i] and written[i] == rewritten[i] for i in left)
 
     def _is_left(self, number: int) -> bool:
         """Whether a parameter has a gradient that is not exactly zero."""
@@ -64,21 +65,22 @@ class Accumulation:
         return gradient is not None and bool(statistics.norms([local(gradient)])[0] != 0)
 
 
-def _marks(gradients: Sequence[Tensor | None]) -> list[Mark | None]:
+def _marks(gradients: Sequence[Tensor | None]) -> Marks:
+    numbers = [None if g is None else id(g) for g in gradients]
     try:
-        return [
-            None if g is None else (id(g), g._version) if type(g) is Tensor else _mark(g)
-            for g in gradients
+        writes = [
+            None if g is None else g._version if type(g) is Tensor else _writes(g) for g in gradients
         ]
     except RuntimeError:
-        return [None if g is None else _mark(g) for g in gradients]
+        writes = [None if g is None else _writes(g) for g in gradients]
+    return numbers, writes
 
 
-def _mark(gradient: Tensor) -> Mark:
+def _writes(gradient: Tensor) -> int:
     try:
         version = gradient._version
     except RuntimeError:  # tensors made under inference_mode count no writes
-        return id(gradient), _NO_VERSION
+        return _NO_VERSION
     # FSDP2 adds to the shard behind a DTensor, which counts for itself.
     shard = local(gradient)
-    return id(gradient), version + (0 if shard is gradient else shard._version)
+    return version + (0 if shard is gradient else shard._version)

@@ -279,7 +279,8 @@ def put_on(tensor: Tensor, probe: GradientProbe) -> Any:
     if tensor.is_leaf or type(tensor) is not Tensor or tensor._backward_hooks is not None:
         return tensor.register_hook(probe)
     # What register_hook does, less what a handle costs: a third of the hook's time where caches are cold.
-    tensor._backward_hooks = hooks = OrderedDict[Any, Any]()
+    hooks: OrderedDict[Any, Any] = OrderedDict()  # subscripted, each one would keep its alias
+    tensor._backward_hooks = hooks
     tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
     hooks[probe] = probe
     return None

@@ -87,7 +87,8 @@ class Sample:
             return Absent("not supported: complex values")
         if x.layout is not torch.strided or x.is_nested:
             return Absent("not supported: a sparse or nested tensor")
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         if x.dtype not in WIDE:
             x = x.float()
         if x.numel() == 0:
