@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from small_models import (
+    WIDTH,
     Block,
     Stack,
     assert_equal,
@@ -844,3 +845,52 @@ def test_under_selective_checkpointing_the_recomputed_values_are_the_models_own(
         assert_equal(value(record, name, "param_grad"), g or 0.0)
     for layer in ("embed", "blocks.0", "blocks.1.mlp.0", "blocks.1", "head"):
         assert_equal(value(record, layer, "output_grad"), expected.output_grad[layer][0] or 0.0)
+
+
+class _Outside(Stack):
+    """Blocks in a loop, with the skip in the model, in the block, or with something added in between."""
+
+    def __init__(self, how: str) -> None:
+        torch.manual_seed(0)
+        inner = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)]
+        super().__init__(*(inner if how == "outside" else [Residual(block) for block in inner]))
+        self.double()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            out = block(h)
+            h = h + out if self.how == "outside" else out + i if self.how == "between" else out
+        return self.head(h)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["outside", "inside", "between"])
+def test_outputs_that_are_added_outside_of_their_block_are_no_stream(how: str) -> None:
+    model = _Outside(how)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradscope.watch(model, layers="blocks.*") as scope:
+        for i in range(2):  # a step with slow statistics, and one without
+            model(batch(i)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    reason = "not supported: the skip is outside of the block, whose output is not the stream"
+    record = scope.record
+    for n, names in ((0, ("cosine_next", "relative_contribution", "dot_next")), (1, ("dot_next",))):
+        for name in names:
+            for layer in ("blocks.0", "blocks.1", "blocks.2"):
+                word = status(record, layer, "activation", name, step=n)
+                assert word == (reason if how == "outside" else "ok"), (n, name, layer)
+        # Of gradients the two are one: dL/dF = dL/dh where h is a sum with F.
+        assert status(record, "blocks.1", "output_grad", "dot_next", step=n) == "ok"
+    word = status(record, "blocks.3", "activation", "input_cosine", step=0)
+    assert word == (reason if how == "outside" else "ok")

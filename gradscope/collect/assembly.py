@@ -17,14 +17,14 @@ from gradscope.collect import shards
 from gradscope.collect.merging import COLUMNS, TO_NEXT, Samples, merged
 from gradscope.collect.parameter_rows import ParameterRows, place_of
 from gradscope.collect.parameters import Parameters, Readings
-from gradscope.collect.passes import LAST, Call, Pass, Slot
-from gradscope.collect.places import Places, changing_successors, following_in, places_of
+from gradscope.collect.passes import LAST, PAIR, Call, Pass, Slot
+from gradscope.collect.places import Places, added_outputs, changing_successors, following_in, places_of
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
 from gradscope.record import STATISTICS, Rows, Step
 from gradscope.record.steps import coded
-from gradscope.statistics import ACTIVATION, EMPTY, GRADIENT, NO_DIRECTION, Values, pool
+from gradscope.statistics import ACTIVATION, EMPTY, GRADIENT, NO_DIRECTION, SLOW_PAIR, Values, pool
 
 __all__ = ["Assembler"]
 
@@ -35,6 +35,9 @@ _STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in CO
 _AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in COLUMNS])
 _DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
 _FLOATS: Final = {float}
+_PAIRS: Final = np.array([s == "activation" and n in (*PAIR, *SLOW_PAIR) for s, n in COLUMNS])
+_INPUT: Final = np.array([n == "input_cosine" for _, n in COLUMNS])
+_OUTSIDE: Final = "not supported: the skip is outside of the block, whose output is not the stream"
 _SUCCESSORS: Final = "not supported: not the same two positions in every micro-batch"
 _SOMETIMES: Final = "not supported: a gradient in some micro-batches only"
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
@@ -50,6 +53,7 @@ class Assembler:
         parameters: the model's parameters.
         wanted: the chosen statistics.
         verified: for each branch site, whether the graph showed that its output is added.
+        added: for each call of a block, whether it showed that of the block's own output.
         cadence: when what is recorded.
         compiled: sites inside a compiled module, which no hook can see.
         scripted: sites of modules of TorchScript's.
@@ -64,6 +68,7 @@ class Assembler:
     update: bool
     cadence: Schedule
     verified: dict[int, bool] = field(default_factory=dict)
+    added: dict[tuple[int, int], bool] = field(default_factory=dict)
     compiled: frozenset[int] = frozenset()
     scripted: frozenset[int] = frozenset()
     reached: bool = False
@@ -123,6 +128,9 @@ class Assembler:
         value, why = self._samples(keys, passes)
         apart = np.ix_(changing_successors(keys, passes), TO_NEXT)
         why[apart] = np.where(why[apart] == "", _SUCCESSORS, why[apart])
+        for columns, found in zip((_PAIRS, _INPUT), added_outputs(keys, passes, self.added), strict=True):
+            outside = np.ix_(found, columns)
+            why[outside] = np.where(why[outside] == "", _OUTSIDE, why[outside])
         parameter_value, parameter_why = self._parameter_rows.values(readings)
         if skipped:
             # An overflow: the optimizer took no step, and the gradients are no one's gradients.

@@ -86,7 +86,7 @@ class Parts:
             wanted=options.wanted,
             input_gradient=options.input_gradient,
         )
-        assembler.verified = sampler.verified
+        assembler.verified, assembler.added = sampler.verified, sampler.added
         return cls(
             layers=layers,
             structure=Structure(model),

@@ -100,11 +100,13 @@ class Call:
 class TrunkPass:
     """One trunk in one forward pass: its stream positions in forward order.
 
-    ``reading`` is the block that runs now, if its input is the last position itself.
+    ``reading`` is the block that runs now, if its input is the last position itself; ``read`` is the edge
+    of what the last block read.
     """
 
     calls: list[Call] = field(default_factory=list)
     edges: list[Any] = field(default_factory=list)
+    read: Any = None
     branch_edges: dict[int, Any] = field(default_factory=dict)
     unproven: list[int] = field(default_factory=list)
     input: Tensor | None = None
@@ -119,7 +121,7 @@ class TrunkPass:
 
     def drop_edges(self) -> None:
         """Let go of the edges of its graph: nothing is proved from there on."""
-        self.edges, self.branch_edges = [], {}
+        self.edges, self.branch_edges, self.read = [], {}, None
 
     def drop(self) -> None:
         """Let go of every tensor."""

@@ -13,7 +13,15 @@ import numpy as np
 from gradscope.collect.passes import Pass
 from gradscope.layers import Layer
 
-__all__ = ["Places", "agreed", "changing_successors", "following_in", "other_successors", "places_of"]
+__all__ = [
+    "Places",
+    "added_outputs",
+    "agreed",
+    "changing_successors",
+    "following_in",
+    "other_successors",
+    "places_of",
+]
 
 Key = tuple[int, int]
 Place = tuple[str, float]
@@ -186,3 +194,26 @@ def other_successors(
         return len(after) > 1
     (next_key,) = after
     return next_key is not None and any(next_key in c and key not in c for c in called)
+
+
+def added_outputs(
+    keys: Sequence[Key], passes: Sequence[Pass], added: Mapping[Key, bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """[keys] twice: the positions of which the pair with the next one, or they themselves, are no stream.
+
+    Args:
+        keys: the positions.
+        passes: the passes of a step.
+        added: for each call of a block, whether its output is added to what it read, by what reads next.
+            Of the last one that cannot be seen: it is taken to be as the one before it.
+    """
+    pairs: set[Key] = set()
+    outputs: set[Key] = set()
+    if any(added.values()):
+        for state in (s for p in passes for s in p.trunks.values()):
+            calls = [(call.site, call.index) for call in state.calls]
+            outputs.update(key for key in calls if added.get(key))
+            outputs.update(b for a, b in zip(calls[-2:], calls[-1:], strict=False) if added.get(a))
+            pairs.update(a for a, b in pairwise(calls) if a in outputs or b in outputs)
+    first, second = (np.array([key in found for key in keys], dtype=bool) for found in (pairs, outputs))
+    return first, second

@@ -58,6 +58,8 @@ class Sampler:
         slow: whether this step gets the slow statistics and the proofs on the graph.
         quick: the quick way for what most hooks see, see `quick_way`; None where there is none.
         verified: for each branch, whether the graph showed that its output is added to the stream.
+        added: for each call of a block, whether it showed that of the block's own output: the skip is
+            outside of the block.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Sampler:
         self.slow = False
         self.masked = False
         self.verified: dict[int, bool] = {}
+        self.added: dict[tuple[int, int], bool] = {}
         #: Every dtype that an activation came in: under autocast not the parameters'.
         self.dtypes: set[torch.dtype] = set()
         #: What an active autocast computes in: inside a module whose output is float32, too.
@@ -371,6 +374,9 @@ class Sampler:
         if previous is not None:
             before = state.edges[-1] if state.edges else None
             read = graph.edge_of(source) if source is not None else None
+            if before is not None and read is not None and state.read is not None:
+                self.added[previous.site, previous.index] = graph.is_branch(before, read, state.read)
+            state.read = read
             if edge is None or before is None or read is None:
                 previous.unit_skip = None
             else:
