@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradscope
 from gradscope import statistics
-from gradscope.record import Record
+from gradscope.record import OUTSIDE, Record
 
 
 def one_step(model: nn.Module, layers: str | None = "**", **options: Any) -> Record:
@@ -883,14 +883,19 @@ def test_outputs_that_are_added_outside_of_their_block_are_no_stream(how: str) -
             model(batch(i)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-    reason = "not supported: the skip is outside of the block, whose output is not the stream"
     record = scope.record
     for n, names in ((0, ("cosine_next", "relative_contribution", "dot_next")), (1, ("dot_next",))):
         for name in names:
             for layer in ("blocks.0", "blocks.1", "blocks.2"):
                 word = status(record, layer, "activation", name, step=n)
-                assert word == (reason if how == "outside" else "ok"), (n, name, layer)
+                assert word == (OUTSIDE if how == "outside" else "ok"), (n, name, layer)
         # Of gradients the two are one: dL/dF = dL/dh where h is a sum with F.
         assert status(record, "blocks.1", "output_grad", "dot_next", step=n) == "ok"
-    word = status(record, "blocks.3", "activation", "input_cosine", step=0)
-    assert word == (reason if how == "outside" else "ok")
+    for name in ("input_cosine", "token_cosine"):
+        word = status(record, "blocks.3", "activation", name, step=0)
+        assert word == (OUTSIDE if how == "outside" else "ok")
+    value(record, "blocks.3", "activation", "variance")  # of the output, whatever it is
+    for name in ("act_var", "act_rms", "grad_l2"):
+        profile = gradscope.profile(record, name, step=0)
+        absent = how == "outside" and name != "grad_l2"
+        assert [math.isnan(v) for v in profile.value[0]] == [False, *[absent] * 4], name

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.record import STATISTICS, Record, Rows, Step
+from gradscope.record import OUTSIDE, STATISTICS, Record, Rows, Step
 
 __all__ = ["NOT_RECORDED", "NO_PARAMETERS", "OK", "Place", "Trunk", "Values", "combine", "norm", "ratio"]
 
@@ -224,8 +224,16 @@ class Trunk:
         )
 
     def at_stream(self, signal: str, statistic: str) -> Values:
-        """That statistic at the stream positions. Values [S, P]."""
-        return self._read(self.stream, signal, statistic, by_depth=True)
+        """That statistic at the stream positions. Values [S, P].
+
+        Of activations it is absent where the model adds a block's output to the stream by itself: it is
+        of the output, and not of the stream. Their gradients are one.
+        """
+        values = self._read(self.stream, signal, statistic, by_depth=True)
+        if signal != "activation":
+            return values
+        skip = self._read(self.stream, "activation", "unit_skip", by_depth=True)
+        return values.without(skip.status == OUTSIDE, OUTSIDE)
 
     def at_branches(self, signal: str, statistic: str) -> Values:
         """That statistic of the branches' outputs. Values [S, P]."""

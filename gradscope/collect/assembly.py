@@ -22,7 +22,7 @@ from gradscope.collect.places import Places, added_outputs, changing_successors,
 from gradscope.collect.schedule import Schedule
 from gradscope.collect.traced import COMPILED, settle
 from gradscope.layers import Layer
-from gradscope.record import STATISTICS, Rows, Step
+from gradscope.record import OUTSIDE, STATISTICS, Rows, Step
 from gradscope.record.steps import coded
 from gradscope.statistics import ACTIVATION, EMPTY, GRADIENT, NO_DIRECTION, SLOW_PAIR, Values, pool
 
@@ -35,9 +35,9 @@ _STREAM_COLUMN: Final = np.array([STATISTICS[n].where == "stream" for _, n in CO
 _AXIS_COLUMN: Final = np.array([STATISTICS[n].where == "axis" for _, n in COLUMNS])
 _DIRECTIONS: Final = tuple(i for i, n in enumerate(ACTIVATION) if STATISTICS[n].directions)
 _FLOATS: Final = {float}
+# What of activations relates a stream position to the next one, and what else is of the stream alone.
 _PAIRS: Final = np.array([s == "activation" and n in (*PAIR, *SLOW_PAIR) for s, n in COLUMNS])
-_INPUT: Final = np.array([n == "input_cosine" for _, n in COLUMNS])
-_OUTSIDE: Final = "not supported: the skip is outside of the block, whose output is not the stream"
+_ALONE: Final = ~_PAIRS & _STREAM_COLUMN & np.array([s == "activation" for s, _ in COLUMNS])
 _SUCCESSORS: Final = "not supported: not the same two positions in every micro-batch"
 _SOMETIMES: Final = "not supported: a gradient in some micro-batches only"
 _UNIT_SKIP: Final = ACTIVATION.index("unit_skip")
@@ -128,9 +128,8 @@ class Assembler:
         value, why = self._samples(keys, passes)
         apart = np.ix_(changing_successors(keys, passes), TO_NEXT)
         why[apart] = np.where(why[apart] == "", _SUCCESSORS, why[apart])
-        for columns, found in zip((_PAIRS, _INPUT), added_outputs(keys, passes, self.added), strict=True):
-            outside = np.ix_(found, columns)
-            why[outside] = np.where(why[outside] == "", _OUTSIDE, why[outside])
+        pairs, outputs = added_outputs(keys, passes, self.added)
+        why[np.ix_(pairs, _PAIRS)] = why[np.ix_(outputs, _ALONE)] = OUTSIDE
         parameter_value, parameter_why = self._parameter_rows.values(readings)
         if skipped:
             # An overflow: the optimizer took no step, and the gradients are no one's gradients.
@@ -275,9 +274,7 @@ class Assembler:
         g = pool(GRADIENT, value[..., _A:])
         return np.concatenate([a, g], axis=-1), why
 
-    def _table(
-        self, keys: list[tuple[int, int]], places: dict[tuple[int, int], tuple[str, float]]
-    ) -> tuple[Rows, np.ndarray]:
+    def _table(self, keys: list[tuple[int, int]], places: Places) -> tuple[Rows, np.ndarray]:
         entries: list[tuple[str, float, str, str, int, str, str]] = []
         take: list[int] = []
         for k, (site, index) in enumerate(keys):

@@ -10,10 +10,11 @@ reason for each number that is absent. ``Record.to_pandas()`` gives the tidy tab
 
 from gradscope.record.data import Record
 from gradscope.record.file import RecordWriter
-from gradscope.record.steps import SCHEMA, Rows, Step, thin
+from gradscope.record.steps import OUTSIDE, SCHEMA, Rows, Step, thin
 from gradscope.record.table import SIGNALS, STATISTICS, Statistic
 
 __all__ = [
+    "OUTSIDE",
     "SCHEMA",
     "SIGNALS",
     "STATISTICS",

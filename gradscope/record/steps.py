@@ -17,6 +17,9 @@ __all__ = ["COLUMNS", "DTYPES", "KEYS", "OK", "SCHEMA", "STEP_FIELDS", "Rows", "
 
 SCHEMA: Final = 1
 OK: Final = "ok"
+#: The status of `unit_skip`, and of all that is of the stream only, at the output of a block that the
+#: model adds to the stream: ``x = x + block(x)``.
+OUTSIDE: Final = "not supported: the skip is outside of the block, whose output is not the stream"
 COLUMNS: Final = (
     "step",
     "replicate",
